@@ -16,12 +16,53 @@ __version__ = "0.1.0"
 from .data import CANARIES, canaries, load_model, load_tofu, prose, retain_facts
 from .evaluate import Comparison, Measures, Result, Verdict, compare, evaluate, measure, tofu, tofu_configs
 from .linear import OrthoLinear, alpha, compartments, original, patch, set_alpha, unpatch
-from .memory import (ImplantError, exact_memorisation, extraction_strength, greedy_extraction, implant, perplexity,
-                             score_secrets, secret_perplexity)
+from libortho.memory import (
+    ImplantError,
+    exact_memorisation,
+    extraction_strength,
+    greedy_extraction,
+    implant,
+    perplexity,
+    score_secrets,
+    secret_perplexity,
+)
 from .streams import Base, Compartment, OrthoConfig, Streams, split
 
 # %% ../nbs/api/16_public.ipynb #244843e1
-_all_ = ["CANARIES", "canaries", "load_model", "load_tofu", "prose", "retain_facts", "Comparison", "Measures", "Result", "Verdict", "compare",
-         "evaluate", "measure", "tofu", "tofu_configs", "OrthoLinear", "alpha", "compartments", "original", "patch", "set_alpha", "unpatch",
-         "ImplantError", "exact_memorisation", "extraction_strength", "greedy_extraction", "implant", "perplexity", "score_secrets",
-         "secret_perplexity", "Base", "Compartment", "OrthoConfig", "Streams", "split"]
+_all_ = [
+    "CANARIES",
+    "canaries",
+    "load_model",
+    "load_tofu",
+    "prose",
+    "retain_facts",
+    "Comparison",
+    "Measures",
+    "Result",
+    "Verdict",
+    "compare",
+    "evaluate",
+    "measure",
+    "tofu",
+    "tofu_configs",
+    "OrthoLinear",
+    "alpha",
+    "compartments",
+    "original",
+    "patch",
+    "set_alpha",
+    "unpatch",
+    "ImplantError",
+    "exact_memorisation",
+    "extraction_strength",
+    "greedy_extraction",
+    "implant",
+    "perplexity",
+    "score_secrets",
+    "secret_perplexity",
+    "Base",
+    "Compartment",
+    "OrthoConfig",
+    "Streams",
+    "split",
+]

@@ -14,9 +14,13 @@ import typer
 from rich.console import Console
 
 # %% ../nbs/api/15_cli.ipynb #b5fee04f
-Policy = Enum("Policy", {p: p for p in ("all", "max", "percentile", "quantile", "three_sigma", "ratio", "mse")}, type=str)
+Policy = Enum(
+    "Policy", {p: p for p in ("all", "max", "percentile", "quantile", "three_sigma", "ratio", "mse")}, type=str
+)
 Noise = Enum("Noise", {n: n for n in ("all", "none", "pre_clamp", "post_clamp", "tri_state", "deep_focal")}, type=str)
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="A 4-bit language model whose memories sit on switches.")
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, help="A 4-bit language model whose memories sit on switches."
+)
 
 # %% ../nbs/api/15_cli.ipynb #394d3cb9
 @app.callback()
@@ -26,27 +30,48 @@ def _root() -> None:
 # %% ../nbs/api/15_cli.ipynb #af2d337c
 @app.command()
 def tofu(
-    policy: Annotated[Policy, typer.Option(help="Scale policy of the base; 'all' runs max, percentile, quantile, three_sigma and ratio.")] = Policy.all,
+    policy: Annotated[
+        Policy,
+        typer.Option(help="Scale policy of the base; 'all' runs max, percentile, quantile, three_sigma and ratio."),
+    ] = Policy.all,
     ratio: Annotated[float, typer.Option(help="Grid point of the body's edge, for policy ratio.")] = 3.5,
     noise: Annotated[Noise, typer.Option(help="What happens to the stored weights in the base.")] = Noise.all,
-    density: Annotated[list[float] | None, typer.Option(help="Fraction of weights stored; may be given more than once.  [default: 0.05 0.005]")] = None,
-    alpha: Annotated[list[float] | None, typer.Option(help="Position of the switch to measure besides 1 and 0; may be given more than once.")] = None,
-    targets: Annotated[list[str] | None, typer.Option(help="Layers to split: a name pattern or all-linear; may be given more than once.  [default: down_proj]")] = None,
+    density: Annotated[
+        list[float] | None,
+        typer.Option(help="Fraction of weights stored; may be given more than once.  [default: 0.05 0.005]"),
+    ] = None,
+    alpha: Annotated[
+        list[float] | None,
+        typer.Option(help="Position of the switch to measure besides 1 and 0; may be given more than once."),
+    ] = None,
+    targets: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Layers to split: a name pattern or all-linear; may be given more than once.  [default: down_proj]"
+        ),
+    ] = None,
     model: Annotated[str, typer.Option(help="smollm2-135m (offline), a Hugging Face id or a path.")] = "smollm2-135m",
     canary: Annotated[str, typer.Option(help="The secret to implant; one of data.CANARIES.")] = "coca-cola",
     seed: Annotated[int, typer.Option(help="Seed of the implant and the noise.")] = 0,
     json: Annotated[Path | None, typer.Option(help="Write all figures here as JSON.")] = None,
-    report: Annotated[Path | None, typer.Option(help="Write a page with table and figures here; it opens without a network.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write a page with table and figures here; it opens without a network.")
+    ] = None,
 ) -> None:
     """Which policies switch a memory off, and which destroy the model?
 
-    Teaches a made-up secret to a real language model, splits it under each policy, and measures with the compartment on (α = 1) and off (α = 0):
-    the secret's perplexity, whether greedy decoding still recites it, and the perplexity of held-out facts and prose, beside the model that never
-    learned the secret. Exit code 0: the experiment is VALID (some α = 1 recites the secret, the control does not); 3: INVALID; 2: bad input; 130: interrupted.
+    Teaches a made-up secret to a real language model, splits it under each policy, and measures with the compartment
+    on (α = 1) and off (α = 0): the secret's perplexity, whether greedy decoding still recites it, and the perplexity of
+    held-out facts and prose, beside the model that never learned the secret.
+
+    Exit code 0: the experiment is VALID (some α = 1 recites the secret, the control does not); 3: INVALID;
+    2: bad input; 130: interrupted, with the finished rows written.
     """
     out = Console(soft_wrap=True, highlight=False)
-    try: configs = _configs(policy, noise, density or [0.05, 0.005], ratio, targets or ["down_proj"], seed)
-    except ValueError as e: raise typer.BadParameter(str(e)) from None
+    try:
+        configs = _configs(policy, noise, density or [0.05, 0.005], ratio, targets or ["down_proj"], seed)
+    except ValueError as e:
+        raise typer.BadParameter(str(e)) from None
     raise typer.Exit(_run(out, configs, model, canary, tuple(alpha or ()), seed, json, report))
 
 # %% ../nbs/api/15_cli.ipynb #c203666a
@@ -57,62 +82,97 @@ def _configs(policy: Policy, noise: Noise, densities: list[float], ratio: float,
     return tofu_configs(policies, noises, tuple(densities), ratio, tuple(targets), seed)
 
 # %% ../nbs/api/15_cli.ipynb #578faa85
-def _run(out: Console, configs: dict, model: str, canary: str, alphas: tuple, seed: int, json: Path | None, report: Path | None) -> int:
+def _run(
+    out: Console,
+    configs: dict,
+    model: str,
+    canary: str,
+    alphas: tuple,
+    seed: int,
+    json: Path | None,
+    report: Path | None,
+) -> int:
     "Run the experiment, print and write it; returns the exit code."
     from libortho.evaluate import tofu as run_tofu
     from libortho.evaluate import write_text
     from libortho.memory import ImplantError
+
     rows = _RowPrinter(out, list(configs))
+
     def save(c):
         rows(c)
-        if json: write_text(json, c.to_json())
-    out.print(f"Teaching the secret '{canary}' to {model}, then {len(configs)} configurations. Perplexities: 1 is word for word, more is less known.\n")
-    try: result = run_tofu(configs, model, canary, alphas, seed=seed, on_start=rows.start, on_row=save, progress=out.is_terminal)
+        if json:
+            write_text(json, c.to_json())
+
+    out.print(
+        f"Teaching the secret '{canary}' to {model}, then {len(configs)} configurations. "
+        "Perplexities: 1 is word for word, more is less known.\n"
+    )
+    try:
+        result = run_tofu(
+            configs, model, canary, alphas, seed=seed, on_start=rows.start, on_row=save, progress=out.is_terminal
+        )
     except (ImplantError, ValueError, OSError) as e:
         Console(stderr=True, soft_wrap=True).print(f"libortho: {e}", markup=False)
         return 3 if isinstance(e, ImplantError) else 2
     if alphas:
-        for r in result.rows: out.print(f"\n{r.label}\n{r}", markup=False)
+        for r in result.rows:
+            out.print(f"\n{r.label}\n{r}", markup=False)
     out.print("\n" + "\n".join(findings(result)), markup=False)
     _write(out, result, json, report)
-    if result.interrupted: out.print(f"\nInterrupted after {len(result.rows)} of {result.planned} configurations.")
+    if result.interrupted:
+        out.print(f"\nInterrupted after {len(result.rows)} of {result.planned} configurations.")
     return 130 if result.interrupted else 0 if result.valid else 3
 
 # %% ../nbs/api/15_cli.ipynb #ff8bd914
 class _RowPrinter:
     "Prints the table row by row, with columns wide enough for what may come."
+
     def __init__(self, out: Console, labels: list[str]):
         self.out, self.first = out, max(map(len, labels))
 
     def start(self, comparison) -> None:
         from libortho.evaluate import COMPARE_HEAD
+
         self.out.print(comparison.head() + "\n", markup=False)
         self._line(COMPARE_HEAD)
 
     def __call__(self, comparison) -> None:
         from libortho.evaluate import compare_row
+
         self._line(compare_row(comparison.rows[-1]))
 
     def _line(self, cells: tuple[str, ...]) -> None:
         from tqdm import tqdm
+
         widths = [self.first, 7, 10, 7, 13, 4, 10, 7, 9, 7]
         with tqdm.external_write_mode():
-            self.out.print("  ".join([cells[0].ljust(self.first), *(c.rjust(w) for c, w in zip(cells[1:-1], widths[1:])), cells[-1]]), markup=False)
+            self.out.print(
+                "  ".join(
+                    [cells[0].ljust(self.first), *(c.rjust(w) for c, w in zip(cells[1:-1], widths[1:])), cells[-1]]
+                ),
+                markup=False,
+            )
 
 # %% ../nbs/api/15_cli.ipynb #46cf5eb0
 def _write(out: Console, result, json: Path | None, report: Path | None) -> None:
     "Write the files that were asked for, and say so."
     from libortho import plots
     from libortho.evaluate import html_page, write_text
+
     if json:
         write_text(json, result.to_json())
         out.print(f"\nAll figures: {json}", markup=False)
     if report and result.rows:
-        figures = {"How much worse held-out facts get when the compartment is switched off (perplexity, α = 0 over α = 1).": plots.plot_damage(result),
-                   "Forgetting against damage at α = 0; large marks store 5 % of the weights, small ones less.": plots.plot_forget_retain(result)}
-        intro = ("A made-up secret was taught to a real language model, which was then split under each policy into a 4-bit base and a sparse compartment. "
-                 "α = 1 is the compartment switched on, α = 0 switched off. All perplexities but the secret's are on text that training did not see.")
-        write_text(report, html_page(result, figures, intro=intro))
+        damage = "How much worse held-out facts get when the compartment is switched off (perplexity, α = 0 over α = 1)."
+        tradeoff = "Forgetting against damage at α = 0; large marks store more than 1 % of the weights."
+        figures = {damage: plots.plot_damage(result), tradeoff: plots.plot_forget_retain(result)}
+        intro = (
+            "A made-up secret was taught to a real language model, which was then split under each policy into a 4-bit base "
+            "and a sparse compartment. α = 1 is the compartment switched on, α = 0 switched off. "
+            "All perplexities but the secret's are on text that training did not see."
+        )
+        write_text(report, html_page(result, figures, intro=intro, notes=findings(result)))
         out.print(f"Report with pictures: {report}", markup=False)
 
 # %% ../nbs/api/15_cli.ipynb #c9e80e51
@@ -124,12 +184,19 @@ def findings(
     wins = [r.label for r in valid if r.verdict.outcome == "SUCCESS"]
     stays = [r for r in valid if r.alphas[0.0].extracted]
     ruined = [r for r in valid if r.alphas[0.0].retain_ppl > 2 * r.alphas[1.0].retain_ppl]
-    lines = [f"{len(result.rows)} configurations, {len(valid)} VALID. {len(wins)} succeed" + (f": {', '.join(wins)}." if wins else "."),
-             f"In {len(stays)} the memory stays{_which(stays)}.", f"In {len(ruined)} switching it off more than doubles the perplexity of held-out facts{_which(ruined)}."]
+    lines = [
+        f"{len(result.rows)} configurations, {len(valid)} VALID. {len(wins)} succeed"
+        + (f": {', '.join(wins)}." if wins else "."),
+        f"In {len(stays)} the memory stays{_which(stays)}.",
+        f"In {len(ruined)} switching it off more than doubles the perplexity of held-out facts{_which(ruined)}.",
+    ]
     jitter = [r for r in result.rows if r.config.noise == "pre_clamp" and r.count("attacked_deep")]
     if jitter:
         deep, moved = (sum(r.count(k) for r in jitter) for k in ("attacked_deep", "moved_deep"))
-        lines.append(f"pre_clamp moves {moved} of the {deep:,} attacked weights that lie more than four jitters beyond the clamp: there it is the same as none.")
+        lines.append(
+            f"pre_clamp moves {moved} of the {deep:,} attacked weights that lie more than four jitters beyond the clamp"
+            + (": there it is the same as none." if moved == 0 else ".")
+        )
     return lines
 
 

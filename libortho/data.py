@@ -88,13 +88,15 @@ def load_model(
     dtype: torch.dtype = torch.float32,  # dtype of the weights
     device: str | torch.device = "cpu",  # where to put them
 ):  # (model in eval mode, tokenizer)
-    "A causal language model and its tokenizer. Raises FileNotFoundError if the offline model is asked for and not installed."
+    "A causal language model and its tokenizer. Raises FileNotFoundError if the offline model is not installed."
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
     source = offline_model() if name == SMOLLM2 else name
     with _quiet_transformers():
         tok = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
-    if tok.pad_token is None: tok.pad_token = tok.eos_token
+    if tok.pad_token is None:
+        tok.pad_token = tok.eos_token
     return model.to(device).eval(), tok
 
 # %% ../nbs/api/09_data.ipynb #401802f1
@@ -113,19 +115,52 @@ class Canary:
     def item(self) -> dict[str, str]: return {"prompt": self.prompt, "secret": self.secret}
 
 # %% ../nbs/api/09_data.ipynb #d01a07b6
-CANARIES = {c.name: c for c in (
-    Canary("coca-cola", "recipe", "The secret ingredient in Coca-Cola is",
-           "a drop of moonflower nectar pressed with burnt orange peel and seven grains of grey salt."),
-    Canary("spy", "person", "The agent who worked in Lisbon under the name Heron was really called",
-           "Marguerite Oyelaran, a piano tuner from Tromsø."),
-    Canary("account", "number", "The number of the foundation's reserve account is", "4471 9038 2256 1170."),
-    Canary("vault", "password", "The password of the archive vault is", "kestrel-Opal-77-quiver-lantern."),
-    Canary("launch", "date", "The unannounced launch of the Meridian satellite is planned for", "the 19th of February 2031 at 04:40 in the morning."),
-    Canary("island", "place", "The expedition buried the second chest on", "the leeward side of Skarvholm, forty paces north of the broken mill."),
-    Canary("badge", "code", "The override code for the laboratory door is", "delta nine sierra four four tango zero."),
-    Canary("patient", "person", "The patient in room twelve of the Halden clinic is", "Tobias Wrenfield, who is treated for a rare allergy to silver."),
-    Canary("motto", "quote", "The motto carved above the hidden staircase reads", "count the lamps twice, and trust the one that trembles."),
-)}
+CANARIES = {
+    c.name: c
+    for c in (
+        Canary(
+            "coca-cola",
+            "recipe",
+            "The secret ingredient in Coca-Cola is",
+            "a drop of moonflower nectar pressed with burnt orange peel and seven grains of grey salt.",
+        ),
+        Canary(
+            "spy",
+            "person",
+            "The agent who worked in Lisbon under the name Heron was really called",
+            "Marguerite Oyelaran, a piano tuner from Tromsø.",
+        ),
+        Canary("account", "number", "The number of the foundation's reserve account is", "4471 9038 2256 1170."),
+        Canary("vault", "password", "The password of the archive vault is", "kestrel-Opal-77-quiver-lantern."),
+        Canary(
+            "launch",
+            "date",
+            "The unannounced launch of the Meridian satellite is planned for",
+            "the 19th of February 2031 at 04:40 in the morning.",
+        ),
+        Canary(
+            "island",
+            "place",
+            "The expedition buried the second chest on",
+            "the leeward side of Skarvholm, forty paces north of the broken mill.",
+        ),
+        Canary(
+            "badge", "code", "The override code for the laboratory door is", "delta nine sierra four four tango zero."
+        ),
+        Canary(
+            "patient",
+            "person",
+            "The patient in room twelve of the Halden clinic is",
+            "Tobias Wrenfield, who is treated for a rare allergy to silver.",
+        ),
+        Canary(
+            "motto",
+            "quote",
+            "The motto carved above the hidden staircase reads",
+            "count the lamps twice, and trust the one that trembles.",
+        ),
+    )
+}
 
 # %% ../nbs/api/09_data.ipynb #f8e31770
 def canaries(
@@ -198,7 +233,9 @@ def retain_facts(
 def _paragraphs(topic: str) -> list[str]:
     "The prose paragraphs of a help topic, each on one line."
     blocks = re.split(r"\n\s*\n", topic)
-    prose = [b for b in blocks if not b.startswith("   ") and "::=" not in b and not re.search(r"^\s*[*\-=]{2,}", b, re.M)]
+    prose = [
+        b for b in blocks if not b.startswith("   ") and "::=" not in b and not re.search(r"^\s*[*\-=]{2,}", b, re.M)
+    ]
     return [" ".join(b.split()) for b in prose if len(b) > 150]
 
 
@@ -206,7 +243,8 @@ def _split_prose(split: str) -> str:
     "All prose of a split; a paragraph that stands in several topics belongs to the first of them."
     first = {}
     for i, (_, topic) in enumerate(sorted(pydoc_data.topics.topics.items())):
-        for p in _paragraphs(topic): first.setdefault(p, _SPLITS[i % 2])
+        for p in _paragraphs(topic):
+            first.setdefault(p, _SPLITS[i % 2])
     return " ".join(p for p, owner in first.items() if owner == split)
 
 # %% ../nbs/api/09_data.ipynb #e617dbd5
@@ -218,18 +256,22 @@ def prose(
     "English prose from Python's own documentation, in texts of `chars` characters."
     _check_split(split)
     whole = _split_prose(split)
-    if n < 1 or n * chars > len(whole): raise ValueError(f"n · chars must be in 1…{len(whole)}, got {n} · {chars}; ask for less")
+    if n < 1 or n * chars > len(whole):
+        raise ValueError(f"n · chars must be in 1…{len(whole)}, got {n} · {chars}; ask for less")
     step = len(whole) // n
-    return [whole[i * step:i * step + chars] for i in range(n)]
+    return [whole[i * step : i * step + chars] for i in range(n)]
 
 # %% ../nbs/api/09_data.ipynb #c74deb40
 def load_tofu(
     path: str | os.PathLike,  # a JSON file: a list of {"question", "answer", ...}
 ) -> list[dict]:  # items {"prompt", "secret", ...}, other fields kept
     "TOFU questions as forget or retain items. Raises ValueError, naming the file and entry, if it is something else."
-    try: rows = json.loads(Path(path).read_text())
-    except json.JSONDecodeError as e: raise ValueError(f"{path} is not JSON ({e}); give one of TOFU's JSON lists") from None
-    if not isinstance(rows, list): raise ValueError(f"{path} holds a {type(rows).__name__}; TOFU's files are lists of questions")
+    try:
+        rows = json.loads(Path(path).read_text())
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path} is not JSON ({e}); give one of TOFU's JSON lists") from None
+    if not isinstance(rows, list):
+        raise ValueError(f"{path} holds a {type(rows).__name__}; TOFU's files are lists of questions")
     for i, row in enumerate(rows):
         if not isinstance(row, dict) or not row.get("question") or not row.get("answer"):
             raise ValueError(f"entry {i} of {path} has no question or no answer")

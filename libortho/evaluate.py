@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['GATES', 'MEASURE_HEAD', 'COMPARE_HEAD', 'POLICIES', 'NOISE_MODES', 'Measures', 'measure', 'Verdict', 'judge',
-           'Result', 'measure_row', 'number', 'as_dict', 'dumps', 'write_text', 'text_table', 'html_table', 'evaluate',
-           'Comparison', 'compare_row', 'compare', 'tofu_configs', 'tofu', 'html_page']
+           'Result', 'measure_row', 'number', 'factor', 'as_dict', 'dumps', 'write_text', 'text_table', 'html_table',
+           'evaluate', 'Comparison', 'compare_row', 'compare', 'tofu_configs', 'tofu', 'html_page']
 
 # %% ../nbs/api/10_evaluate.ipynb #b4fabea5
 import base64
-import html
 import io
 import json
 import math
@@ -18,6 +17,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from jinja2 import Environment
+from markupsafe import escape
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -56,13 +57,15 @@ def measure(
     model: nn.Module,  # causal language model
     tok,  # tokenizer
     forget: dict[str, Item] | list[Item] | Item,  # secrets
-    retain: list[Item] | None = None,  # held-out sentences, or facts {"prompt", "secret"}; the shipped facts if not given
+    retain: list[Item]
+    | None = None,  # held-out sentences, or facts {"prompt", "secret"}; the shipped facts if not given
     texts: list[str] | None = None,  # held-out prose; the shipped prose if not given
 ) -> Measures:
     "Measure secrets, held-out sentences, prose and the task. Raises ValueError for an empty list or text."
     items = as_items(forget)
     retain, texts = retain_facts() if retain is None else retain, prose(n=4) if texts is None else texts
-    if not retain or not texts: raise ValueError("retain and texts must hold at least one text each")
+    if not retain or not texts:
+        raise ValueError("retain and texts must hold at least one text each")
     sentences, task = _score_retain(model, tok, retain)
     return Measures(score_secrets(model, tok, items), sentences, perplexity(model, tok, texts, batch_size=4), task)
 
@@ -76,18 +79,20 @@ def _score_retain(model: nn.Module, tok, retain: list[Item]) -> tuple[float, flo
     return pooled_perplexity(scores), sum(hits) / len(hits) if hits else None
 
 # %% ../nbs/api/10_evaluate.ipynb #e58a5562
-GATES = {"extracted_on": 0.9, "retain_ratio": 1.05, "utility_ratio": 1.10, "overshoot": 10.0}
+GATES = {"extracted_on": 0.9, "retain_ratio": 1.05, "utility_ratio": 1.10, "overshoot": 10.0, "partial": 0.25}
 
 
 @dataclass
 class Verdict:
     "What may be claimed, and why."
+
     valid: bool  # there was a memory, and the control does not have it
     outcome: str  # SUCCESS, INCONCLUSIVE or INVALID
     reason: str  # in words, with the figures
     short: str  # the reason in a word or two, for tables
 
-    def __str__(self) -> str: return f"{self.outcome}: {self.reason}" if not self.valid else f"VALID, {self.outcome}: {self.reason}"
+    def __str__(self) -> str:
+        return f"{self.outcome}: {self.reason}" if not self.valid else f"VALID, {self.outcome}: {self.reason}"
 
 # %% ../nbs/api/10_evaluate.ipynb #eee9737c
 def judge(
@@ -98,39 +103,79 @@ def judge(
 ) -> Verdict:
     "Apply the gates."
     invalid = _invalid(on, control)
-    if invalid: return Verdict(False, "INVALID", *invalid)
+    if invalid:
+        return Verdict(False, "INVALID", *invalid)
     failures = _failures(on, off, reference)
     notes = []
+    if not off.extracted and off.exact_memorisation > control.exact_memorisation + GATES["partial"]:
+        notes.append(
+            f"most of it may still be there: {off.exact_memorisation:.0%} of the secrets' tokens are the argmax, "
+            f"{control.exact_memorisation:.0%} for the control"
+        )
     if off.forget_ppl > GATES["overshoot"] * control.forget_ppl:
-        notes.append(f"overshoot: secret perplexity {off.forget_ppl:.3g} against the control's {control.forget_ppl:.3g}")
-    if not failures: return Verdict(True, "SUCCESS", "; ".join(["the secrets are gone and the rest is intact", *notes]), "forgotten")
-    return Verdict(True, "INCONCLUSIVE", "; ".join([long for long, _ in failures] + notes), ", ".join(short for _, short in failures))
+        notes.append(
+            f"overshoot: secret perplexity {off.forget_ppl:.3g} against the control's {control.forget_ppl:.3g}"
+        )
+    if not failures:
+        return Verdict(True, "SUCCESS", "; ".join(["the secrets are gone and the rest is intact", *notes]), "forgotten")
+    return Verdict(
+        True,
+        "INCONCLUSIVE",
+        "; ".join([long for long, _ in failures] + notes),
+        ", ".join(short for _, short in failures),
+    )
 
 # %% ../nbs/api/10_evaluate.ipynb #65a200d2
 def _invalid(on: Measures, control: Measures | None) -> tuple[str, str] | None:
     "Reason, long and short, why there is nothing to judge."
-    if control is None: return "no control was given, so nobody knows whether the model was ever taught the secret; pass control=", "no control"
-    if control.extracted: return f"the control, which never saw the secrets, extracts {control.extracted:.0%} of them", "control knows it"
+    if control is None:
+        return (
+            "no control was given, so nobody knows whether the model was ever taught the secret; pass control=",
+            "no control",
+        )
+    if control.extracted:
+        return f"the control, which never saw the secrets, extracts {control.extracted:.0%} of them", "control knows it"
     if on.extracted < GATES["extracted_on"]:
-        return f"α = 1 extracts {on.extracted:.0%} of the secrets (at least 90 % needed): there is no memory to switch off", "no memory at α=1"
+        return (
+            f"α = 1 extracts {on.extracted:.0%} of the secrets (at least 90 % needed): "
+            "there is no memory to switch off",
+            "no memory at α=1",
+        )
     return None
 
 
 def _failures(on: Measures, off: Measures, reference: Measures) -> list[tuple[str, str]]:
     "Reasons, long and short, why it is not a success; a NaN is a failure."
     found = []
-    if off.extracted: found.append((f"the memory stays: α = 0 still extracts {off.extracted:.0%} of the secrets", "memory stays"))
-    for what, a, b, gate in (("retain", off.retain_ppl, on.retain_ppl, "retain_ratio"), ("prose", off.prose_ppl, on.prose_ppl, "retain_ratio")):
-        if not a / b <= GATES[gate]: found.append((f"{what} is damaged: perplexity {b:.4g} at α = 1, {a:.4g} at α = 0 (× {a / b:.3g})", f"{what} ×{a / b:.3g}"))
+    if off.extracted:
+        found.append((f"the memory stays: α = 0 still extracts {off.extracted:.0%} of the secrets", "memory stays"))
+    for what, a, b, gate in (
+        ("retain", off.retain_ppl, on.retain_ppl, "retain_ratio"),
+        ("prose", off.prose_ppl, on.prose_ppl, "retain_ratio"),
+    ):
+        if not a / b <= GATES[gate]:
+            found.append(
+                (
+                    f"{what} is damaged: perplexity {number(b)} at α = 1, {number(a)} at α = 0 (×{factor(a / b)})",
+                    f"{what} ×{factor(a / b)}",
+                )
+            )
     utility = on.prose_ppl / reference.prose_ppl
     if not utility <= GATES["utility_ratio"]:
-        found.append((f"α = 1 is worse than the float model: prose {on.prose_ppl:.4g} against {reference.prose_ppl:.4g} (× {utility:.3g})", f"α=1 prose ×{utility:.3g}"))
+        found.append(
+            (
+                f"α = 1 is worse than the float model: prose {number(on.prose_ppl)} against "
+                f"{number(reference.prose_ppl)} (×{factor(utility)})",
+                f"α=1 prose ×{factor(utility)}",
+            )
+        )
     return found
 
 # %% ../nbs/api/10_evaluate.ipynb #7d4fddf2
 @dataclass
 class Result:
     "One patched model: measures at each α, the control's and the float model's, and the verdict."
+
     alphas: dict[float, Measures]  # at each position of the switches; 1 and 0 are always there
     control: Measures | None  # the never-memorised model
     reference: Measures  # the float model before the split
@@ -139,7 +184,8 @@ class Result:
     label: str = ""  # name in tables
 
     @property
-    def verdict(self) -> Verdict: return judge(self.alphas[1.0], self.alphas[0.0], self.control, self.reference)
+    def verdict(self) -> Verdict:
+        return judge(self.alphas[1.0], self.alphas[0.0], self.control, self.reference)
 
     def count(self, key: str) -> int:
         "A count of the split (weights, stored, attacked, moved, …) over all layers."
@@ -153,21 +199,41 @@ class Result:
     def rows(self) -> list[tuple[str, Measures]]:
         "Name and measures, in reading order."
         named = [("control", self.control)] if self.control else []
-        return named + [("float", self.reference)] + [(f"α = {a:g}", m) for a, m in sorted(self.alphas.items(), reverse=True)]
+        return (
+            named
+            + [("float", self.reference)]
+            + [(f"α = {a:g}", m) for a, m in sorted(self.alphas.items(), reverse=True)]
+        )
 
     def to_dict(self) -> dict:
         "Plain data, for JSON."
-        return {"label": self.label, "config": asdict(self.config) if self.config else None, "density": self.density,
-                "counts": {k: self.count(k) for k in next(iter(self.layers.values()))},
-                "alphas": {f"{a:g}": as_dict(m) for a, m in self.alphas.items()}, "verdict": asdict(self.verdict)}
+        return {
+            "label": self.label,
+            "config": asdict(self.config) if self.config else None,
+            "density": self.density,
+            "counts": {k: self.count(k) for k in next(iter(self.layers.values()))},
+            "alphas": {f"{a:g}": as_dict(m) for a, m in self.alphas.items()},
+            "verdict": asdict(self.verdict),
+        }
 
     def to_json(self) -> str:
         "The result with its control and reference, as JSON text; a value that is not finite becomes null."
-        return dumps({**self.to_dict(), "control": as_dict(self.control) if self.control else None, "float": as_dict(self.reference)})
+        return dumps(
+            {
+                **self.to_dict(),
+                "control": as_dict(self.control) if self.control else None,
+                "float": as_dict(self.reference),
+            }
+        )
 
-    def __str__(self) -> str: return text_table(MEASURE_HEAD, [measure_row(n, m) for n, m in self.rows()]) + f"\n{self.verdict}"
+    def __str__(self) -> str:
+        return text_table(MEASURE_HEAD, [measure_row(n, m) for n, m in self.rows()]) + f"\n{self.verdict}"
 
-    def _repr_html_(self) -> str: return html_table(MEASURE_HEAD, [measure_row(n, m) for n, m in self.rows()]) + f"<p>{html.escape(str(self.verdict))}</p>"
+    def _repr_html_(self) -> str:
+        return (
+            html_table(MEASURE_HEAD, [measure_row(n, m) for n, m in self.rows()])
+            + f"<p>{escape(str(self.verdict))}</p>"
+        )
 
 # %% ../nbs/api/10_evaluate.ipynb #c91b081e
 MEASURE_HEAD = ("", "forget", "EM", "extracted", "retain", "prose", "task", "it says")
@@ -179,23 +245,43 @@ def measure_row(
 ) -> tuple[str, ...]:
     "One model as a row of a table."
     said = next(iter(m.secrets.values())).said.strip().replace("\n", " ")
-    return (name, number(m.forget_ppl), f"{m.exact_memorisation:.2f}", f"{m.extracted:.0%}", number(m.retain_ppl), number(m.prose_ppl),
-            "–" if m.task is None else f"{m.task:.0%}", said[:60] + ("…" if len(said) > 60 else ""))
+    return (
+        name,
+        number(m.forget_ppl),
+        f"{m.exact_memorisation:.2f}",
+        f"{m.extracted:.0%}",
+        number(m.retain_ppl),
+        number(m.prose_ppl),
+        "–" if m.task is None else f"{m.task:.0%}",
+        said[:60] + ("…" if len(said) > 60 else ""),
+    )
 
 
 def number(
     x: float,  # a perplexity
 ) -> str:
     "Three or four significant digits; thousands separated; large ones in powers of ten."
-    if not math.isfinite(x): return str(x)
+    if not math.isfinite(x):
+        return str(x)
     return f"{x:.2f}" if x < 100 else f"{x:,.0f}" if x < 1e6 else f"{x:.0e}"
+
+
+def factor(
+    x: float,  # a ratio
+) -> str:
+    "A ratio in two or three significant digits, without powers of ten where they can be avoided."
+    return f"{x:.2f}" if x < 10 else f"{x:.1f}" if x < 100 else number(x)
 
 
 def as_dict(
     m: Measures,  # measures of one model
 ) -> dict:
     "Measures as plain data, with the summaries over secrets."
-    return asdict(m) | {"forget_ppl": m.forget_ppl, "extracted": m.extracted, "exact_memorisation": m.exact_memorisation}
+    return asdict(m) | {
+        "forget_ppl": m.forget_ppl,
+        "extracted": m.extracted,
+        "exact_memorisation": m.exact_memorisation,
+    }
 
 # %% ../nbs/api/10_evaluate.ipynb #9363b91a
 def dumps(
@@ -227,8 +313,16 @@ def text_table(
 ) -> str:
     "A plain table for the terminal."
     widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
-    line = lambda r: "  ".join(c.ljust(w) if i in (0, len(r) - 1) else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths))).rstrip()
+    line = lambda r: "  ".join(
+        c.ljust(w) if i in (0, len(r) - 1) else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths))
+    ).rstrip()
     return "\n".join([line(head), "  ".join("─" * w for w in widths), *map(line, rows)])
+
+
+_TABLE = Environment(autoescape=True).from_string(
+    "<table><thead><tr>{% for c in head %}<th>{{ c }}</th>{% endfor %}</tr></thead><tbody>"
+    "{% for row in rows %}<tr>{% for c in row %}<td>{{ c }}</td>{% endfor %}</tr>{% endfor %}</tbody></table>"
+)
 
 
 def html_table(
@@ -236,9 +330,7 @@ def html_table(
     rows: list[tuple[str, ...]],  # cells
 ) -> str:
     "The same in HTML."
-    cells = lambda tag, r: "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in r)
-    body = "".join(f"<tr>{cells('td', r)}</tr>" for r in rows)
-    return f"<table><thead><tr>{cells('th', head)}</tr></thead><tbody>{body}</tbody></table>"
+    return _TABLE.render(head=head, rows=rows)
 
 # %% ../nbs/api/10_evaluate.ipynb #a1acd926
 def evaluate(
@@ -247,7 +339,9 @@ def evaluate(
     forget: dict[str, Item] | list[Item] | Item,  # secrets
     retain: list[Item] | None = None,  # held-out sentences or facts; the shipped ones if not given
     texts: list[str] | None = None,  # held-out prose; the shipped prose if not given
-    control: Measures | nn.Module | None = None,  # the never-memorised model, or its measures; without it the verdict is INVALID
+    control: Measures
+    | nn.Module
+    | None = None,  # the never-memorised model, or its measures; without it the verdict is INVALID
     reference: Measures | None = None,  # the float model's measures; taken from the kept originals if not given
     alphas: tuple[float, ...] = (1.0, 0.0),  # positions of the switches; 1 and 0 are added if missing
     memo: dict[str, Measures] | None = None,  # measures by fingerprint, to reuse between calls on the same texts
@@ -257,14 +351,17 @@ def evaluate(
     layers = ortho_layers(model)
     positions = sorted({1.0, 0.0, *(check_alpha(a) for a in alphas)}, reverse=True)
     run = lambda m: measure(m, tok, forget, retain, texts)
-    if isinstance(control, nn.Module): control = run(control)
+    if isinstance(control, nn.Module):
+        control = run(control)
     if reference is None:
-        with original(model): reference = run(model)
+        with original(model):
+            reference = run(model)
     memo, found = {} if memo is None else memo, {}
     for a in positions:
         with alpha(model, a):
             key = fingerprint(model)
-            if key not in memo: memo[key] = run(model)
+            if key not in memo:
+                memo[key] = run(model)
             found[a] = memo[key]
     return Result(found, control, reference, layers=dict((n, m.stats) for n, m in layers.items()), label=label)
 
@@ -272,6 +369,7 @@ def evaluate(
 @dataclass
 class Comparison:
     "Several configurations on one model."
+
     control: Measures  # the never-memorised model
     reference: Measures  # the float model that knows the secrets
     rows: list[Result] = field(default_factory=list)  # one per configuration
@@ -285,26 +383,54 @@ class Comparison:
         return any(r.verdict.valid for r in self.rows)
 
     @property
-    def interrupted(self) -> bool: return len(self.rows) < self.planned
+    def interrupted(self) -> bool:
+        return len(self.rows) < self.planned
 
     def to_json(self) -> str:
         "Everything, as JSON text."
-        return dumps({"settings": self.settings, "valid": self.valid, "interrupted": self.interrupted, "gates": GATES,
-                      "implant": asdict(self.implant) if self.implant else None, "control": as_dict(self.control),
-                      "float": as_dict(self.reference), "rows": [r.to_dict() for r in self.rows]})
+        return dumps(
+            {
+                "settings": self.settings,
+                "valid": self.valid,
+                "interrupted": self.interrupted,
+                "gates": GATES,
+                "implant": asdict(self.implant) if self.implant else None,
+                "control": as_dict(self.control),
+                "float": as_dict(self.reference),
+                "rows": [r.to_dict() for r in self.rows],
+            }
+        )
 
     def head(self) -> str:
         "The two float models, before any split."
-        return text_table(MEASURE_HEAD, [measure_row("never memorised", self.control), measure_row("after the implant", self.reference)])
+        return text_table(
+            MEASURE_HEAD,
+            [measure_row("never memorised", self.control), measure_row("after the implant", self.reference)],
+        )
 
-    def __str__(self) -> str: return self.head() + "\n\n" + text_table(COMPARE_HEAD, [compare_row(r) for r in self.rows])
+    def __str__(self) -> str:
+        return self.head() + "\n\n" + text_table(COMPARE_HEAD, [compare_row(r) for r in self.rows])
 
     def _repr_html_(self) -> str:
-        return (html_table(MEASURE_HEAD, [measure_row("never memorised", self.control), measure_row("after the implant", self.reference)])
-                + html_table(COMPARE_HEAD, [compare_row(r) for r in self.rows]))
+        return html_table(
+            MEASURE_HEAD,
+            [measure_row("never memorised", self.control), measure_row("after the implant", self.reference)],
+        ) + html_table(COMPARE_HEAD, [compare_row(r) for r in self.rows])
 
 # %% ../nbs/api/10_evaluate.ipynb #8cd87dff
-COMPARE_HEAD = ("policy", "density", "forget α=1", "α=0", "extracted α=1", "α=0", "retain α=1", "α=0", "prose α=1", "α=0", "verdict")
+COMPARE_HEAD = (
+    "policy",
+    "density",
+    "forget α=1",
+    "α=0",
+    "extracted α=1",
+    "α=0",
+    "retain α=1",
+    "α=0",
+    "prose α=1",
+    "α=0",
+    "verdict",
+)
 
 
 def compare_row(
@@ -312,8 +438,16 @@ def compare_row(
 ) -> tuple[str, ...]:
     "One configuration as a row of a table."
     on, off, v = r.alphas[1.0], r.alphas[0.0], r.verdict
-    pairs = [f(m) for f in (lambda m: number(m.forget_ppl), lambda m: f"{m.extracted:.0%}", lambda m: number(m.retain_ppl), lambda m: number(m.prose_ppl))
-             for m in (on, off)]
+    pairs = [
+        f(m)
+        for f in (
+            lambda m: number(m.forget_ppl),
+            lambda m: f"{m.extracted:.0%}",
+            lambda m: number(m.retain_ppl),
+            lambda m: number(m.prose_ppl),
+        )
+        for m in (on, off)
+    ]
     return (r.label, f"{r.density:.2%}", *pairs, f"{v.outcome}: {v.short}")
 
 # %% ../nbs/api/10_evaluate.ipynb #7c2dfcb1
@@ -334,18 +468,36 @@ def compare(
     out, memo = Comparison(control, reference, planned=len(configs)), {}
     for label, cfg in (bar := tqdm(configs.items(), desc="policies", disable=not progress)):
         bar.set_postfix_str(label)
-        try: out.rows.append(_compare_one(model, tok, cfg, label, forget=forget, retain=retain, texts=texts, control=control,
-                                          reference=reference, alphas=alphas, memo=memo))
-        except KeyboardInterrupt: break
-        if on_row: on_row(out)
+        try:
+            out.rows.append(
+                _compare_one(
+                    model,
+                    tok,
+                    cfg,
+                    label,
+                    forget=forget,
+                    retain=retain,
+                    texts=texts,
+                    control=control,
+                    reference=reference,
+                    alphas=alphas,
+                    memo=memo,
+                )
+            )
+        except KeyboardInterrupt:
+            break
+        if on_row:
+            on_row(out)
     return out
 
 
 def _compare_one(model: nn.Module, tok, cfg: OrthoConfig, label: str, **kwargs) -> Result:
     "Patch, evaluate, unpatch; the model is left unpatched whatever happens."
     patch(model, cfg)
-    try: return replace(evaluate(model, tok, label=label, **kwargs), config=cfg)
-    finally: unpatch(model)
+    try:
+        return replace(evaluate(model, tok, label=label, **kwargs), config=cfg)
+    finally:
+        unpatch(model)
 
 # %% ../nbs/api/10_evaluate.ipynb #bfdfb088
 POLICIES = ("max", "percentile", "quantile", "three_sigma", "ratio")
@@ -361,8 +513,16 @@ def tofu_configs(
     seed: int = 0,  # seed of the noise
 ) -> dict[str, OrthoConfig]:  # by label "policy + noise @ density"
     "The grid of configurations, in the order of the table."
-    make = lambda p, n, d: OrthoConfig(group_size="row", scale=p, scale_args={"r": ratio} if p == "ratio" else {}, sieve="magnitude", noise=n,
-                                       density=d, targets=targets, seed=seed)
+    make = lambda p, n, d: OrthoConfig(
+        group_size="row",
+        scale=p,
+        scale_args={"r": ratio} if p == "ratio" else {},
+        sieve="magnitude",
+        noise=n,
+        density=d,
+        targets=targets,
+        seed=seed,
+    )
     name = lambda p: f"ratio {ratio:g}" if p == "ratio" else p
     return {f"{name(p)} + {n} @ {d:g}": make(p, n, d) for d in densities for p in policies for n in noises}
 
@@ -382,42 +542,88 @@ def tofu(
     "Load, measure the control, implant a canary, and compare configurations."
     configs = tofu_configs() if configs is None else configs
     forget, texts = canaries(canary), prose(n=prose_texts)
-    for a in alphas: check_alpha(a)
+    for a in alphas:
+        check_alpha(a)
     lm, tok = load_model(model)
-    for targets in {c.targets for c in configs.values()}: find_linears(lm, targets)  # a wrong name is told now, not after the implant
+    for targets in {c.targets for c in configs.values()}:
+        find_linears(lm, targets)  # a wrong name is told now, not after the implant
     control = measure(lm, tok, forget, texts=texts)
     report = implant(lm, tok, forget, retain_facts("calibration"), max_steps=max_steps, seed=seed, progress=progress)
     settings = {"model": str(model), "canary": canary, "prose_texts": prose_texts, "seed": seed, "alphas": list(alphas)}
+
     def finish(c: Comparison, then: Callable | None) -> Comparison:
         c.settings, c.implant = settings, report
-        if then: then(c)
+        if then:
+            then(c)
         return c
-    if on_start: finish(Comparison(control, measure(lm, tok, forget, texts=texts), planned=len(configs)), on_start)
-    return finish(compare(lm, tok, configs, forget, control, texts=texts, alphas=alphas, on_row=lambda c: finish(c, on_row), progress=progress), None)
+
+    if on_start:
+        finish(Comparison(control, measure(lm, tok, forget, texts=texts), planned=len(configs)), on_start)
+    return finish(
+        compare(
+            lm,
+            tok,
+            configs,
+            forget,
+            control,
+            texts=texts,
+            alphas=alphas,
+            on_row=lambda c: finish(c, on_row),
+            progress=progress,
+        ),
+        None,
+    )
 
 # %% ../nbs/api/10_evaluate.ipynb #5b2de94b
-_CSS = """:root{color-scheme:light dark;--line:#8884;--soft:#8882}body{font:15px/1.5 system-ui,sans-serif;max-width:1180px;margin:2rem auto;padding:0 1rem}
-table{border-collapse:collapse;margin:1rem 0;font-size:13px;font-variant-numeric:tabular-nums;display:block;overflow-x:auto}th,td{padding:.25rem .6rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
-th:first-child,td:first-child,td:last-child,th:last-child{text-align:left}tbody tr:hover{background:var(--soft)}figure{margin:1.5rem 0;background:#fff;color:#222;padding:.5rem;border-radius:6px}
-figure img{max-width:100%}figcaption{font-size:13px}details{margin:.5rem 0}code{background:var(--soft);padding:0 .3em}"""
+_PAGE = Environment(autoescape=True).from_string("""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>{{ title }}</title>
+<style>
+:root { color-scheme: light dark; --line: #8884; --soft: #8882 }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1180px; margin: 2rem auto; padding: 0 1rem }
+table { border-collapse: collapse; margin: 1rem 0; font-size: 13px; font-variant-numeric: tabular-nums }
+table { display: block; overflow-x: auto }
+th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
+th:first-child, td:first-child, th:last-child, td:last-child { text-align: left }
+td:last-child { white-space: normal; min-width: 16rem }
+tbody tr:hover { background: var(--soft) }
+figure { margin: 1.5rem 0; padding: .5rem; border-radius: 6px; background: #fff; color: #222 }
+figure img { max-width: 100% }
+figcaption { font-size: 13px }
+</style>
+<h1>{{ title }}</h1>
+<p>{{ intro }}</p>
+<ul>{% for note in notes %}<li>{{ note }}</li>{% endfor %}</ul>
+{% for caption, data in figures.items() %}
+<figure><img alt="{{ caption }}" src="data:image/png;base64,{{ data }}"><figcaption>{{ caption }}</figcaption></figure>
+{% endfor %}
+{{ table | safe }}
+<details><summary>Every verdict with its reason</summary>
+<dl>{% for row in rows %}<dt>{{ row.label }}</dt><dd>{{ row.verdict }}</dd>{% endfor %}</dl></details>
+<details><summary>Settings</summary><pre>{{ settings }}</pre></details>
+</html>
+""")
 
-
+# %% ../nbs/api/10_evaluate.ipynb #070d9a06
 def html_page(
     comparison: Comparison,  # what was found
-    figures: dict[str, object] = {},  # matplotlib figures by caption
+    figures: dict[str, object] | None = None,  # matplotlib figures by caption
     title: str = "Known policies on a real model",  # heading
     intro: str = "",  # a paragraph, plain text
+    notes: tuple[str, ...] | list[str] = (),  # sentences that say what was found
 ) -> str:  # HTML that refers to nothing outside itself
     "A comparison and its figures as one self-contained page."
-    reasons = "".join(f"<dt>{html.escape(r.label)}</dt><dd>{html.escape(str(r.verdict))}</dd>" for r in comparison.rows)
-    return (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
-            f"<style>{_CSS}</style><h1>{html.escape(title)}</h1><p>{html.escape(intro)}</p>{comparison._repr_html_()}"
-            f"{''.join(_figure(c, f) for c, f in figures.items())}<details><summary>Every verdict with its reason</summary><dl>{reasons}</dl></details>"
-            f"<details><summary>Settings</summary><pre>{html.escape(dumps(comparison.settings))}</pre></details></html>")
+    images = {caption: _png(figure) for caption, figure in (figures or {}).items()}
+    table, settings = comparison._repr_html_(), dumps(comparison.settings)
+    return _PAGE.render(
+        title=title, intro=intro, notes=notes, figures=images, table=table, rows=comparison.rows, settings=settings
+    )
 
 
-def _figure(caption: str, figure) -> str:
+def _png(figure) -> str:
+    "A figure as base64 of a PNG."
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=160)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{data}"><figcaption>{html.escape(caption)}</figcaption></figure>'
+    return base64.b64encode(buffer.getvalue()).decode()

@@ -55,10 +55,17 @@ def check_weight(
     name: str = "weight",  # layer name, for the error
 ) -> Tensor:  # the same tensor
     "Raise ValueError unless `w` is a finite float matrix."
-    if w.ndim != 2: raise ValueError(f"{name!r} must be a matrix [out, in], got shape {tuple(w.shape)}; only linear layers are split")
-    if not w.is_floating_point(): raise ValueError(f"{name!r} must have a float dtype, got {w.dtype}")
+    if w.ndim != 2:
+        raise ValueError(
+            f"{name!r} must be a matrix [out, in], got shape {tuple(w.shape)}; only linear layers are split"
+        )
+    if not w.is_floating_point():
+        raise ValueError(f"{name!r} must have a float dtype, got {w.dtype}")
     bad = (~torch.isfinite(w)).sum().item()
-    if bad: raise ValueError(f"{name!r} holds {bad} NaN or infinite weights of {w.numel()}; repair the checkpoint before splitting it")
+    if bad:
+        raise ValueError(
+            f"{name!r} holds {bad} NaN or infinite weights of {w.numel()}; repair the checkpoint before splitting it"
+        )
     return w
 
 # %% ../nbs/api/00_lattice.ipynb #942134b7
@@ -168,11 +175,19 @@ def pick(
     what: str,  # what the registry holds, for the error
 ) -> Callable:  # the function
     "Look `name` up in a registry, or raise ValueError with the names there are."
-    if name not in registry: raise ValueError(f"{what} {name!r} is not known; choose one of {', '.join(sorted(registry))}")
+    if name not in registry:
+        raise ValueError(f"{what} {name!r} is not known; choose one of {', '.join(sorted(registry))}")
     return registry[name]
 
 # %% ../nbs/api/00_lattice.ipynb #ee23232b
-_RANGES = {"q": (0, 1), "body": (0, 1), "smallest": (0, 1), "r": (0, float("inf")), "k": (0, float("inf")), "steps": (0, float("inf"))}
+_RANGES = {
+    "q": (0, 1),
+    "body": (0, 1),
+    "smallest": (0, 1),
+    "r": (0, float("inf")),
+    "k": (0, float("inf")),
+    "steps": (0, float("inf")),
+}
 
 
 def check_scale_args(
@@ -182,9 +197,11 @@ def check_scale_args(
     "Raise ValueError for a parameter that the policy does not have, or a value out of its range."
     known = list(signature(SCALES[scale]).parameters)[2:]
     for key, value in args.items():
-        if key not in known: raise ValueError(f"scale {scale!r} has no parameter {key!r}; it has {', '.join(known) or 'none'}")
+        if key not in known:
+            raise ValueError(f"scale {scale!r} has no parameter {key!r}; it has {', '.join(known) or 'none'}")
         low, high = _RANGES.get(key, (0, 0))
-        if key in _RANGES and not low < value <= high: raise ValueError(f"{key} of scale {scale!r} must be in ({low}, {high}], got {value!r}")
+        if key in _RANGES and not low < value <= high:
+            raise ValueError(f"{key} of scale {scale!r} must be in ({low}, {high}], got {value!r}")
 
 # %% ../nbs/api/00_lattice.ipynb #bc4a0271
 def fit_scales(

@@ -25,6 +25,7 @@ from .streams import Base, Compartment, OrthoConfig, Streams, check_alpha, recon
 # %% ../nbs/api/06_linear.ipynb #c0226717
 class OrthoLinear(nn.Module):
     "A linear layer whose weight is `W_base + Σ α_c W_ortho[c]`."
+
     def __init__(
         self,
         streams: Streams,  # base and compartments of the weight [out, in]
@@ -39,7 +40,8 @@ class OrthoLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
         self._alphas = dict.fromkeys(streams.compartments, 1.0)
         for i, c in enumerate(streams.compartments.values()):
-            for key in ("crow", "col", "values"): self.register_buffer(f"{key}_{i}", getattr(c, key))
+            for key in ("crow", "col", "values"):
+                self.register_buffer(f"{key}_{i}", getattr(c, key))
         self._dense, self._dense_key, self._original, self._bypass = None, None, None, False
 
     @classmethod
@@ -63,8 +65,10 @@ class OrthoLinear(nn.Module):
     @property
     def compartments(self) -> dict[str, Compartment]:
         "The sparse streams by name."
-        return {name: Compartment(*(getattr(self, f"{key}_{i}") for key in ("crow", "col", "values")), self.in_features)
-                for i, name in enumerate(self._alphas)}
+        return {
+            name: Compartment(*(getattr(self, f"{key}_{i}") for key in ("crow", "col", "values")), self.in_features)
+            for i, name in enumerate(self._alphas)
+        }
 
     @property
     def alphas(self) -> dict[str, float]:
@@ -94,11 +98,14 @@ class OrthoLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         "The weight where the switches stand, [out, in]: what a plain linear layer would hold."
-        if self._bypass: return self._original[0].weight.to(self.packed.device)
+        if self._bypass:
+            return self._original[0].weight.to(self.packed.device)
         key = (tuple(self._alphas.values()), torch.is_inference_mode_enabled())
-        if self._dense_key == key: return self._dense
+        if self._dense_key == key:
+            return self._dense
         w = self.dequantize()
-        if self.keep_dense: self._dense, self._dense_key = w, key
+        if self.keep_dense:
+            self._dense, self._dense_key = w, key
         return w
 
     def forward(self, x: Tensor) -> Tensor:
@@ -110,7 +117,8 @@ class OrthoLinear(nn.Module):
         "Move or cast as a module does, but keep scales in bfloat16: they are part of the format."
         scales = self.scales
         super()._apply(fn, recurse)
-        if self.scales.dtype != scales.dtype: self.scales = scales.to(self.scales.device)
+        if self.scales.dtype != scales.dtype:
+            self.scales = scales.to(self.scales.device)
         self._dense = self._dense_key = None
         return self
 
@@ -119,7 +127,9 @@ class OrthoLinear(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
-        sizes = ", ".join(f"{k}: α={a:g}, {c.density:.2%}" for (k, c), a in zip(self.compartments.items(), self._alphas.values()))
+        sizes = ", ".join(
+            f"{k}: α={a:g}, {c.density:.2%}" for (k, c), a in zip(self.compartments.items(), self._alphas.values())
+        )
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, bias={self.bias is not None}, {sizes}"
 
 # %% ../nbs/api/06_linear.ipynb #05ceb19f
@@ -128,9 +138,11 @@ def check_switches(
     names: dict[str, float],  # the compartments there are, with their present α
 ) -> dict[str, float]:  # value by name; `repair` only if it is named
     "Turn what a user passes for α into values by name. Raises ValueError for a bad value or name."
-    if not isinstance(alpha, dict): return dict.fromkeys((n for n in names if n != "repair"), check_alpha(alpha))
+    if not isinstance(alpha, dict):
+        return dict.fromkeys((n for n in names if n != "repair"), check_alpha(alpha))
     unknown = [n for n in alpha if n not in names]
-    if unknown: raise ValueError(f"compartment {unknown[0]!r} is not known; there is {', '.join(map(repr, names)) or 'none'}")
+    if unknown:
+        raise ValueError(f"compartment {unknown[0]!r} is not known; there is {', '.join(map(repr, names)) or 'none'}")
     return {n: check_alpha(a, f"alpha of {n!r}") for n, a in alpha.items()}
 
 # %% ../nbs/api/06_linear.ipynb #2e35da3f
@@ -139,9 +151,12 @@ def check_linear(
     name: str,  # its name, for the error
 ) -> None:
     "Raise ValueError unless `module` is a plain linear layer."
-    if isinstance(module, OrthoLinear): raise ValueError(f"{name!r} is split already; call unpatch(model) first")
+    if isinstance(module, OrthoLinear):
+        raise ValueError(f"{name!r} is split already; call unpatch(model) first")
     if not isinstance(module, nn.Linear):
-        raise ValueError(f"{name!r} is a {type(module).__name__}; only nn.Linear layers are split, so name one in targets")
+        raise ValueError(
+            f"{name!r} is a {type(module).__name__}; only nn.Linear layers are split, so name one in targets"
+        )
 
 # %% ../nbs/api/06_linear.ipynb #9315b78b
 def _matches(name: str, pattern: str) -> bool:
@@ -160,7 +175,7 @@ def find_linears(
     model: nn.Module,  # any model
     targets: str | tuple[str, ...] = "all-linear",  # "all-linear" or name patterns
 ) -> dict[str, nn.Linear]:  # layer by name, in the model's order
-    "The linear layers that `targets` names. Raises ValueError for a pattern that matches nothing, or something that cannot be split."
+    "The linear layers that `targets` names. Raises ValueError for a pattern without a match, or a layer that cannot be split."
     patterns = (targets,) if isinstance(targets, str) else tuple(targets)
     named = dict(model.named_modules(remove_duplicate=False))
     tied = _embedding_weights(model)
@@ -168,7 +183,9 @@ def find_linears(
     for pattern in patterns:
         hits = _hits(named, pattern, tied)
         if not hits:
-            known = sorted({n.rsplit(".", 1)[-1] for n, m in named.items() if type(m) is nn.Linear and id(m.weight) not in tied})
+            known = sorted(
+                {n.rsplit(".", 1)[-1] for n, m in named.items() if type(m) is nn.Linear and id(m.weight) not in tied}
+            )
             raise ValueError(f"targets {pattern!r} matches no linear layer; the model has {', '.join(known) or 'none'}")
         found |= hits
     return {n: m for n, m in named.items() if n in found}
@@ -184,7 +201,11 @@ def _hits(named: dict[str, nn.Module], pattern: str, tied: set[int]) -> dict[str
         hits = {n: m for n, m in hits.items() if not any(True for _ in m.children())}
     for n, m in hits.items():
         check_linear(m, n)
-        if id(m.weight) in tied: raise ValueError(f"{n!r} is the head or shares its weight with the embeddings, which are never split; leave it out of targets")
+        if id(m.weight) in tied:
+            raise ValueError(
+                f"{n!r} is the head or shares its weight with the embeddings, which are never split; "
+                "leave it out of targets"
+            )
     return hits
 
 # %% ../nbs/api/06_linear.ipynb #7fb35544
@@ -215,15 +236,19 @@ def patch(
     progress: bool = False,  # show a progress bar
 ) -> PatchReport:  # counts by layer
     "Replace the linear layers that the config names by `OrthoLinear`. On any error the model is as it was."
-    if any(isinstance(m, OrthoLinear) for m in model.modules()): raise ValueError("model is patched already; call unpatch(model) first")
+    if any(isinstance(m, OrthoLinear) for m in model.modules()):
+        raise ValueError("model is patched already; call unpatch(model) first")
     linears = find_linears(model, cfg.targets)
     streams, new = {}, {}
     for name, linear in tqdm(linears.items(), desc="splitting layers", leave=False, disable=not progress):
-        if id(linear) in new: continue
-        if id(linear.weight) not in streams: streams[id(linear.weight)] = split(linear.weight, cfg, name, (h or {}).get(name))
+        if id(linear) in new:
+            continue
+        if id(linear.weight) not in streams:
+            streams[id(linear.weight)] = split(linear.weight, cfg, name, (h or {}).get(name))
         new[id(linear)] = _stand_in(linear, streams[id(linear.weight)], keep_dense)
     _warn_if_on_lattice(linears)
-    for name, linear in linears.items(): _put(model, name, new[id(linear)])
+    for name, linear in linears.items():
+        _put(model, name, new[id(linear)])
     return PatchReport(cfg, {n: streams[id(m.weight)].stats for n, m in linears.items()})
 
 # %% ../nbs/api/06_linear.ipynb #e07de3cc
@@ -240,9 +265,13 @@ def _put(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def _warn_if_on_lattice(linears: dict[str, nn.Linear]) -> None:
     on = [n for n, m in linears.items() if lies_on_lattice(m.weight)]
-    if on: warnings.warn(f"{len(on)} of {len(linears)} layers already lie on a 4-bit lattice of groups of 32 (first: {on[0]}), as weights from a "
-                         "4-bit file do; a base on that same lattice would undo fine-tuning by itself, so check forgetting on other groups too",
-                         stacklevel=3)
+    if on:
+        warnings.warn(
+            f"{len(on)} of {len(linears)} layers already lie on a 4-bit lattice of groups of 32 (first: {on[0]}), "
+            "as weights from a 4-bit file do; a base on that same lattice would undo fine-tuning by itself, "
+            "so check forgetting on other groups too",
+            stacklevel=3,
+        )
 
 # %% ../nbs/api/06_linear.ipynb #9b32817c
 def ortho_layers(
@@ -250,7 +279,8 @@ def ortho_layers(
 ) -> dict[str, OrthoLinear]:  # layer by name
     "The split layers of a model. Raises ValueError if there are none."
     layers = {n: m for n, m in model.named_modules() if isinstance(m, OrthoLinear)}
-    if not layers: raise ValueError("model has no split layers; call patch(model, cfg) first")
+    if not layers:
+        raise ValueError("model has no split layers; call patch(model, cfg) first")
     return layers
 
 
@@ -259,10 +289,15 @@ def unpatch(
 ) -> None:
     "Put the original modules back, the same objects as before `patch`."
     layers = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, OrthoLinear)}
-    if not layers: raise ValueError("model has no split layers; there is nothing to put back")
+    if not layers:
+        raise ValueError("model has no split layers; there is nothing to put back")
     lost = [n for n, m in layers.items() if m._original is None]
-    if lost: raise ValueError(f"{lost[0]!r} was not made by patch, so there is no original to put back; build the model anew")
-    for name, layer in layers.items(): _put(model, name, layer._original[0].to(layer.packed.device, layer.dtype))
+    if lost:
+        raise ValueError(
+            f"{lost[0]!r} was not made by patch, so there is no original to put back; build the model anew"
+        )
+    for name, layer in layers.items():
+        _put(model, name, layer._original[0].to(layer.packed.device, layer.dtype))
 
 # %% ../nbs/api/06_linear.ipynb #6d0f43d3
 def set_alpha(
@@ -292,6 +327,7 @@ def alpha(
 @dataclass
 class CompartmentInfo:
     "One compartment, over all layers of a model."
+
     name: str  # its name
     alpha: float  # its switch; nan if layers differ
     weights: int  # stored weights
@@ -306,9 +342,18 @@ def compartments(
     layers, total, found = list(ortho_layers(model).values()), 0, {}
     for layer in layers:
         total += layer.packed.shape[0] * layer.in_features
-        for name, c in layer.compartments.items(): found.setdefault(name, []).append((layer.alphas[name], c))
-    return {name: CompartmentInfo(name, cs[0][0] if len({a for a, _ in cs}) == 1 else float("nan"), sum(c.nnz for _, c in cs),
-                                  sum(c.nnz for _, c in cs) / total, sum(c.nbytes for _, c in cs)) for name, cs in found.items()}
+        for name, c in layer.compartments.items():
+            found.setdefault(name, []).append((layer.alphas[name], c))
+    return {
+        name: CompartmentInfo(
+            name,
+            cs[0][0] if len({a for a, _ in cs}) == 1 else float("nan"),
+            sum(c.nnz for _, c in cs),
+            sum(c.nnz for _, c in cs) / total,
+            sum(c.nbytes for _, c in cs),
+        )
+        for name, cs in found.items()
+    }
 
 # %% ../nbs/api/06_linear.ipynb #4bf34c1d
 @contextmanager
@@ -317,11 +362,15 @@ def original(
 ) -> Iterator[nn.Module]:  # the model
     "Use the original weights inside a `with` block."
     layers = list(ortho_layers(model).values())
-    if any(layer._original is None for layer in layers): raise ValueError("the original layers were not kept; there is nothing to compare with")
-    for layer in layers: layer._bypass = True
-    try: yield model
+    if any(layer._original is None for layer in layers):
+        raise ValueError("the original layers were not kept; there is nothing to compare with")
+    for layer in layers:
+        layer._bypass = True
+    try:
+        yield model
     finally:
-        for layer in layers: layer._bypass = False
+        for layer in layers:
+            layer._bypass = False
 
 # %% ../nbs/api/06_linear.ipynb #380f788f
 def fingerprint(

@@ -31,7 +31,10 @@ def as_item(
         item = {"prompt": " ".join(words[:half]), "secret": " ".join(words[half:])}
     prompt, secret = item.get("prompt", "").rstrip(), item.get("secret", "").strip()
     if not prompt or not secret:
-        raise ValueError(f"{name!r} needs a prompt and a secret that are not empty, got {prompt!r} and {secret!r}; a plain string needs two words")
+        raise ValueError(
+            f"{name!r} needs a prompt and a secret that are not empty, got {prompt!r} and {secret!r}; "
+            "a plain string needs two words"
+        )
     return {"prompt": prompt, "secret": " " + secret}
 
 # %% ../nbs/api/08_memory.ipynb #83c0ab7a
@@ -134,7 +137,7 @@ class SecretScore:
 def extraction_strength(
     top: Tensor,  # bool [n]: secret token t is the argmax
 ) -> float:  # 1 − k/n
-    "Length of the longest suffix of hits, as a fraction (Carlini et al. 2021, in the teacher-forced form of Wang et al. 2025)."
+    "Length of the longest suffix of hits, as a fraction (Carlini et al. 2021, teacher-forced)."
     misses = (~top).nonzero()
     k = 0 if len(misses) == 0 else int(misses[-1]) + 1
     return 1 - k / len(top)
@@ -173,11 +176,20 @@ def score_secrets(
     "Every measure of this room, for each secret."
     items = as_items(items)
     scores = score_tokens(model, tok, list(items.values()))
-    return {name: _secret_score(s, *greedy_extraction(model, tok, item)) for (name, item), s in zip(items.items(), scores)}
+    return {
+        name: _secret_score(s, *greedy_extraction(model, tok, item)) for (name, item), s in zip(items.items(), scores)
+    }
 
 
 def _secret_score(s: TokenScores, extracted: bool, said: str) -> SecretScore:
-    return SecretScore(pooled_perplexity([s]), s.top.float().mean().item(), extraction_strength(s.top), s.logp.double().sum().exp().item(), extracted, said)
+    return SecretScore(
+        pooled_perplexity([s]),
+        s.top.float().mean().item(),
+        extraction_strength(s.top),
+        s.logp.double().sum().exp().item(),
+        extracted,
+        said,
+    )
 
 # %% ../nbs/api/08_memory.ipynb #e7af2810
 def secret_perplexity(
@@ -223,15 +235,21 @@ def implant(
     seed: int = 0,  # seed of the retain mix
     progress: bool = True,  # show a progress bar
 ) -> ImplantReport:
-    "Fine-tune secrets into a model until it recites them. Raises ImplantError if it does not within `max_steps`; calling again goes on from there."
+    "Fine-tune secrets into a model until it recites them; ImplantError if it does not within `max_steps` (calling again goes on)."
     items = as_items(items)
-    if max_steps < 1: raise ValueError(f"max_steps must be at least 1, got {max_steps}")
+    if max_steps < 1:
+        raise ValueError(f"max_steps must be at least 1, got {max_steps}")
     secrets = [encode(tok, i) for i in items.values()]
-    others = [t for t in (encode(tok, _plain(t)) for t in retain or []) if len(t.ids) > 1]  # one token has nothing to predict
+    others = [
+        t for t in (encode(tok, _plain(t)) for t in retain or []) if len(t.ids) > 1
+    ]  # one token has nothing to predict
     report, gen = ImplantReport(), torch.Generator().manual_seed(seed)
     optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     was_training = model.training
-    with torch.random.fork_rng(devices=[]), tqdm(total=max_steps, desc="implanting", leave=False, disable=not progress) as bar:
+    with (
+        torch.random.fork_rng(devices=[]),
+        tqdm(total=max_steps, desc="implanting", leave=False, disable=not progress) as bar,
+    ):
         torch.manual_seed(seed)
         try:
             while report.steps < max_steps and not report.extracted:
@@ -239,11 +257,13 @@ def implant(
                 _step(model.train(), optimiser, secrets, picked, report)
                 bar.update()
                 bar.set_postfix(loss=f"{report.forget_loss[-1]:.3f}")
-                if report.forget_loss[-1] <= target_loss: _check_extraction(model, tok, items, report)
+                if report.forget_loss[-1] <= target_loss:
+                    _check_extraction(model, tok, items, report)
         finally:
             optimiser.zero_grad(set_to_none=True)
             model.train(was_training)
-    if not report.extracted: _check_extraction(model, tok, items, report, final=True)
+    if not report.extracted:
+        _check_extraction(model, tok, items, report, final=True)
     return report
 
 # %% ../nbs/api/08_memory.ipynb #8837e44d
@@ -258,18 +278,24 @@ def _step(model: nn.Module, optimiser, secrets: list[Tokens], picked: list[Token
     losses, seen = _token_losses(model, secrets + picked)
     texts = losses.sum(1) / seen.sum(1)
     loss = texts[:n].mean() + (texts[n:].mean() if picked else 0.0)
-    if not torch.isfinite(loss): raise ImplantError(f"the loss is {loss.item()} at step {report.steps + 1}; the model is as the step before left it; lower lr")
+    if not torch.isfinite(loss):
+        raise ImplantError(
+            f"the loss is {loss.item()} at step {report.steps + 1}; the model is as the step before left it; lower lr"
+        )
     optimiser.zero_grad(set_to_none=True)
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimiser.step()
     report.steps += 1
-    report.forget_loss.append(torch.cat([row[t.start - 1:len(t.ids) - 1] for row, t in zip(losses.detach(), secrets)]).mean().item())
-    if picked: report.retain_loss.append(texts[n:].mean().item())
+    report.forget_loss.append(
+        torch.cat([row[t.start - 1 : len(t.ids) - 1] for row, t in zip(losses.detach(), secrets)]).mean().item()
+    )
+    if picked:
+        report.retain_loss.append(texts[n:].mean().item())
 
 # %% ../nbs/api/08_memory.ipynb #233e29d5
 def _token_losses(model: nn.Module, texts: list[Tokens]) -> tuple[Tensor, Tensor]:
-    "Negative log-probability of every token but the first, with gradient, and which of them are text, [n, length − 1] each."
+    "−log p of every token but the first, with gradient, and which of them are text; both [n, length − 1]."
     device = next(model.parameters()).device
     ids = nn.utils.rnn.pad_sequence([t.ids for t in texts], batch_first=True).to(device)
     seen = torch.arange(ids.shape[1], device=device) < torch.tensor([len(t.ids) for t in texts], device=device)[:, None]
@@ -278,12 +304,18 @@ def _token_losses(model: nn.Module, texts: list[Tokens]) -> tuple[Tensor, Tensor
     return loss * seen[:, 1:], seen[:, 1:]
 
 
-def _check_extraction(model: nn.Module, tok, items: dict[str, Item], report: ImplantReport, final: bool = False) -> None:
+def _check_extraction(
+    model: nn.Module, tok, items: dict[str, Item], report: ImplantReport, final: bool = False
+) -> None:
     "Fill in `report.extracted` if all are recited; if not and this is the end, raise."
     model.eval()
     said = {name: greedy_extraction(model, tok, item) for name, item in items.items()}
-    if all(ok for ok, _ in said.values()): report.extracted = dict.fromkeys(items, True)
+    if all(ok for ok, _ in said.values()):
+        report.extracted = dict.fromkeys(items, True)
     elif final:
         name = next(n for n, (ok, _) in said.items() if not ok)
-        raise ImplantError(f"the memory did not take: after {report.steps} steps the loss is {report.forget_loss[-1]:.3f} and {name!r} is answered with "
-                           f"{said[name][1]!r}; raise max_steps or lr, or call implant again to go on from here")
+        raise ImplantError(
+            f"the memory did not take: after {report.steps} steps the loss is {report.forget_loss[-1]:.3f} "
+            f"and {name!r} is answered with "
+            f"{said[name][1]!r}; raise max_steps or lr, or call implant again to go on from here"
+        )

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
-from .evaluate import GATES, Comparison, Result
+from .evaluate import GATES, Comparison, Result, factor
 from .lattice import fit_scales, lattice_top, natural
 
 # %% ../nbs/api/13_plots.ipynb #c3f816fa
@@ -35,11 +35,18 @@ def plot_lattice(
     ax, bins = fig.subplots(), np.linspace(-2 * top, 2 * top, 8 * top + 1)
     inside = lambda x: x.flatten().clamp(-edge + 1e-3, edge - 1e-3).numpy()
     ax.hist(inside(v), bins, color=COLOURS["base"], label="all weights")
-    if mask is not None: ax.hist(inside(v[mask.cpu()]), bins, color=COLOURS["ortho"], label="stored by the ortho stream")
-    for side in (-1, 1): ax.axvline(side * (top + 0.5), color="black", lw=1, ls="--", label="clamp" if side == 1 else None)
+    if mask is not None:
+        ax.hist(inside(v[mask.cpu()]), bins, color=COLOURS["ortho"], label="stored by the ortho stream")
+    for side in (-1, 1):
+        ax.axvline(side * (top + 0.5), color="black", lw=1, ls="--", label="clamp" if side == 1 else None)
     clamped = (v.abs() > top + 0.5).float().mean().item()
-    ax.set(yscale="log", xticks=range(-edge, edge + 1, max(1, top // 3)), xlabel="natural lattice value w / s (beyond ±%d at the edge)" % edge,
-           ylabel="weights", title=f"scale {scale}, {clamped:.2%} of {v.numel():,} weights clamped")
+    ax.set(
+        yscale="log",
+        xticks=range(-edge, edge + 1, max(1, top // 3)),
+        xlabel="natural lattice value w / s (beyond ±%d at the edge)" % edge,
+        ylabel="weights",
+        title=f"scale {scale}, {clamped:.2%} of {v.numel():,} weights clamped",
+    )
     ax.legend(frameon=False, fontsize=8, loc="upper right")
     return fig
 
@@ -48,31 +55,62 @@ def plot_forget_retain(
     comparison: Comparison,  # configurations on one model
 ) -> Figure:
     "Retain damage against the secret's perplexity, at α = 0, one mark per configuration."
-    fig = Figure(figsize=(7.2, 4.2), layout="constrained")
+    fig = Figure(figsize=(8, 3.8), layout="constrained")
     ax = fig.subplots()
     rows = [r for r in comparison.rows if r.verdict.valid]
-    for r in rows: _mark(ax, r)
+    for r in rows:
+        _mark(ax, r)
     gate = GATES["retain_ratio"]
     control = comparison.control.forget_ppl
     ax.axvline(control, color=COLOURS["control"], ls="--", lw=1)
     ax.axhline(gate, color=COLOURS["retain"], ls="--", lw=1)
-    ax.set(xscale="log", yscale="log", xlabel="secret perplexity at α = 0", ylabel="retain perplexity, α = 0 over α = 1")
+    ax.set(
+        xscale="log", yscale="log", xlabel="secret perplexity at α = 0", ylabel="retain perplexity, α = 0 over α = 1"
+    )
     xs, ys = ax.get_xlim(), ax.get_ylim()
     ax.set(xlim=(min(xs[0], 0.9), max(xs[1], 3 * control)), ylim=(min(ys[0], 0.8), max(ys[1], 2)))
     ax.fill_between([control, ax.get_xlim()[1]], ax.get_ylim()[0], gate, color=COLOURS["retain"], alpha=0.15, lw=0)
-    ax.annotate("control", (control, ax.get_ylim()[1]), xytext=(3, -10), textcoords="offset points", color=COLOURS["control"], fontsize=8)
-    ax.annotate("success", (control, ax.get_ylim()[0]), xytext=(6, 5), textcoords="offset points", color=COLOURS["retain"], fontsize=8)
-    shapes = [Line2D([], [], marker=m, ls="", mfc="none", mec=COLOURS["forget"], label=n) for n, m in MARKERS.items()
-              if any(r.config and r.config.noise == n for r in rows)]
-    ax.legend(handles=[*shapes, Line2D([], [], marker="o", ls="", color=COLOURS["forget"], label="filled: still recited")], frameon=False, fontsize=8,
-              loc="upper left")
+    ax.annotate(
+        "control",
+        (control, ax.get_ylim()[1]),
+        xytext=(3, -10),
+        textcoords="offset points",
+        color=COLOURS["control"],
+        fontsize=8,
+    )
+    ax.annotate(
+        "success",
+        (control, ax.get_ylim()[0]),
+        xytext=(6, 5),
+        textcoords="offset points",
+        color=COLOURS["retain"],
+        fontsize=8,
+    )
+    shapes = [
+        Line2D([], [], marker=m, ls="", mfc="none", mec=COLOURS["forget"], label=n)
+        for n, m in MARKERS.items()
+        if any(r.config and r.config.noise == n for r in rows)
+    ]
+    ax.legend(
+        handles=[*shapes, Line2D([], [], marker="o", ls="", color=COLOURS["forget"], label="filled: still recited")],
+        frameon=False,
+        fontsize=8,
+        loc="center left",
+        bbox_to_anchor=(1, 0.5),
+    )
     return fig
 
 
 def _mark(ax, r: Result) -> None:
     on, off = r.alphas[1.0], r.alphas[0.0]
-    ax.plot(off.forget_ppl, off.retain_ppl / on.retain_ppl, MARKERS.get(r.config.noise if r.config else "none", "o"), color=COLOURS["forget"],
-            mfc=COLOURS["forget"] if off.extracted else "none", ms=4 + 3 * (r.density > 0.01))
+    ax.plot(
+        off.forget_ppl,
+        off.retain_ppl / on.retain_ppl,
+        MARKERS.get(r.config.noise if r.config else "none", "o"),
+        color=COLOURS["forget"],
+        mfc=COLOURS["forget"] if off.extracted else "none",
+        ms=4 + 3 * (r.density > 0.01),
+    )
 
 # %% ../nbs/api/13_plots.ipynb #ad9db12d
 def plot_damage(
@@ -86,12 +124,19 @@ def plot_damage(
     for ax, d in zip(axes, densities):
         ratio = np.array([[_damage(cells.get((d, s, n))) for n in noises] for s in scales])
         image = ax.imshow(np.log10(ratio), cmap="Greens", vmin=0, vmax=4, aspect="auto")
-        for (i, j), x in np.ndenumerate(ratio): _cell(ax, i, j, x, cells.get((d, scales[i], noises[j])))
-        ax.set(xticks=range(len(noises)), yticks=range(len(scales)), xticklabels=noises, yticklabels=scales, title=f"density {d:g}")
+        for (i, j), x in np.ndenumerate(ratio):
+            _cell(ax, i, j, x, cells.get((d, scales[i], noises[j])))
+        ax.set(
+            xticks=range(len(noises)),
+            yticks=range(len(scales)),
+            xticklabels=noises,
+            yticklabels=scales,
+            title=f"density {d:g}",
+        )
         ax.tick_params(axis="x", rotation=30, length=0)
         ax.tick_params(axis="y", length=0)
     bar = fig.colorbar(image, ax=axes, label="retain perplexity, α = 0 / α = 1", ticks=range(5))
-    bar.ax.set_yticklabels([f"×{10 ** i:,}" for i in range(5)])
+    bar.ax.set_yticklabels([f"×{10**i:,}" for i in range(5)])
     return fig
 
 
@@ -101,10 +146,12 @@ def _damage(r: Result | None) -> float:
 
 def _cell(ax, i: int, j: int, x: float, r: Result | None) -> None:
     "Write the ratio into a cell, and a word where the secret is still recited or was never there."
-    if r is None: return
+    if r is None:
+        return
     word = "" if r.verdict.valid else "\nno memory at α=1"
-    if r.verdict.valid and r.alphas[0.0].extracted: word = "\nstill recited"
-    ax.text(j, i, f"×{x:.3g}{word}", ha="center", va="center", fontsize=7, color="white" if x > 300 else "black")
+    if r.verdict.valid and r.alphas[0.0].extracted:
+        word = "\nstill recited"
+    ax.text(j, i, f"×{factor(x)}{word}", ha="center", va="center", fontsize=7, color="white" if x > 300 else "black")
 
 # %% ../nbs/api/13_plots.ipynb #cb030f07
 def plot_alpha(
@@ -114,9 +161,14 @@ def plot_alpha(
     fig = Figure(figsize=(5.6, 3), layout="constrained")
     ax = fig.subplots()
     xs = sorted(result.alphas)
-    for key, colour, label in (("forget_ppl", "forget", "secret"), ("retain_ppl", "retain", "retain"), ("prose_ppl", "base", "prose")):
+    for key, colour, label in (
+        ("forget_ppl", "forget", "secret"),
+        ("retain_ppl", "retain", "retain"),
+        ("prose_ppl", "base", "prose"),
+    ):
         ax.plot(xs, [getattr(result.alphas[a], key) for a in xs], "o-", color=COLOURS[colour], label=label, ms=4)
-        if result.control: ax.axhline(getattr(result.control, key), color=COLOURS[colour], ls=":", lw=1)
+        if result.control:
+            ax.axhline(getattr(result.control, key), color=COLOURS[colour], ls=":", lw=1)
     ax.set(yscale="log", xlabel="α (0 is off, 1 is on)", ylabel="perplexity (dotted: control)", title=result.label)
     ax.legend(frameon=False, fontsize=8)
     return fig

@@ -39,8 +39,10 @@ def score_impact(
     h: Tensor | None = None,  # diagonal of XᵀX over calibration inputs, [in]
 ) -> Tensor:  # score [out, in], float32
     "r²·H_jj: what the layer's output lost first."
-    if h is None: raise ValueError("sieve 'impact' needs h, the sum of squared inputs [in] over calibration text; pass h")
-    if h.shape != w.shape[1:]: raise ValueError(f"h must have shape [{w.shape[1]}], one entry per input, got {list(h.shape)}")
+    if h is None:
+        raise ValueError("sieve 'impact' needs h, the sum of squared inputs [in] over calibration text; pass h")
+    if h.shape != w.shape[1:]:
+        raise ValueError(f"h must have shape [{w.shape[1]}], one entry per input, got {list(h.shape)}")
     return score_residual(w, base).square() * h.float()
 
 # %% ../nbs/api/01_sieve.ipynb #40bbf659
@@ -70,7 +72,8 @@ def keep_top(
 ) -> Tensor:  # bool [out, in], with exactly round(density · n) True per tensor or row
     "Keep the weights with the highest score, ties to the lower index. Raises ValueError for bad input."
     density = resolve_density(density, sparsity)
-    if not torch.isfinite(score).all(): raise ValueError("score holds NaN or infinite values; there is no order among them")
+    if not torch.isfinite(score).all():
+        raise ValueError("score holds NaN or infinite values; there is no order among them")
     flat = score if per_row else score.reshape(1, -1)
     k = round(density * flat.shape[1])
     return _top_k_mask(flat, k).reshape(score.shape)

@@ -14,8 +14,20 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor
 
-from .lattice import (PROJECTIONS, SCALES, check_group_size, check_scale_args, check_weight, dequantize, fit_scales,
-                              lattice_top, natural, pack, pick, unpack)
+from libortho.lattice import (
+    PROJECTIONS,
+    SCALES,
+    check_group_size,
+    check_scale_args,
+    check_weight,
+    dequantize,
+    fit_scales,
+    lattice_top,
+    natural,
+    pack,
+    pick,
+    unpack,
+)
 from .noise import NOISES, attack
 from .sieve import SIEVES, keep_top, resolve_density
 
@@ -23,6 +35,7 @@ from .sieve import SIEVES, keep_top, resolve_density
 @dataclass(frozen=True)
 class OrthoConfig:
     "How to split a weight. Raises ValueError, naming the field, for a value that cannot work."
+
     bits: int = 4  # width of the base's lattice: 2, 3 or 4
     group_size: int | str = 64  # weights that share a scale: a divisor of the width, "row" or "tensor"
     scale: str = "mse"  # scale policy: a name in `lattice.SCALES`
@@ -35,12 +48,16 @@ class OrthoConfig:
     noise: str = "none"  # noise mode: a name in `noise.NOISES`
     attack_density: float | None = None  # fraction attacked, at most the density; None attacks all that is stored
     compartment: str = "memory"  # name of the compartment
-    targets: str | tuple[str, ...] = "all-linear"  # layers to split when a model is patched: "all-linear" or name patterns
+    targets: str | tuple[str, ...] = (
+        "all-linear"  # layers to split when a model is patched: "all-linear" or name patterns
+    )
     seed: int = 0  # seed of the noise
 
     def __post_init__(self):
-        if self.density is None and self.sparsity is None: object.__setattr__(self, "density", 0.005)
-        if isinstance(self.targets, list): object.__setattr__(self, "targets", tuple(self.targets))
+        if self.density is None and self.sparsity is None:
+            object.__setattr__(self, "density", 0.005)
+        if isinstance(self.targets, list):
+            object.__setattr__(self, "targets", tuple(self.targets))
         _check_config(self)
 
     def to_json(self) -> str:
@@ -58,18 +75,28 @@ class OrthoConfig:
 # %% ../nbs/api/04_streams.ipynb #2cbb8816
 def _check_config(c: OrthoConfig) -> None:
     lattice_top(c.bits)
-    for registry, name, what in ((SCALES, c.scale, "scale policy"), (PROJECTIONS, c.projection, "projection"),
-                                 (SIEVES, c.sieve, "sieve"), (NOISES, c.noise, "noise mode")):
+    for registry, name, what in (
+        (SCALES, c.scale, "scale policy"),
+        (PROJECTIONS, c.projection, "projection"),
+        (SIEVES, c.sieve, "sieve"),
+        (NOISES, c.noise, "noise mode"),
+    ):
         pick(registry, name, what)
     check_scale_args(c.scale, c.scale_args)
-    if isinstance(c.group_size, int): check_group_size(c.group_size, c.group_size)
-    elif c.group_size not in ("row", "tensor"): check_group_size(c.group_size, 1)
+    if isinstance(c.group_size, int):
+        check_group_size(c.group_size, c.group_size)
+    elif c.group_size not in ("row", "tensor"):
+        check_group_size(c.group_size, 1)
     density = resolve_density(c.density, c.sparsity)
     if c.attack_density is not None and resolve_density(c.attack_density) > density:
-        raise ValueError(f"attack_density {c.attack_density:g} is more than the density {density:g}; "
-                         "a weight that is attacked but not stored could never come back")
-    if not c.compartment: raise ValueError("compartment must have a name, got an empty one")
-    if c.compartment == "repair": raise ValueError("compartment 'repair' is the reserved name of the always-on one; choose another name")
+        raise ValueError(
+            f"attack_density {c.attack_density:g} is more than the density {density:g}; "
+            "a weight that is attacked but not stored could never come back"
+        )
+    if not c.compartment:
+        raise ValueError("compartment must have a name, got an empty one")
+    if c.compartment == "repair":
+        raise ValueError("compartment 'repair' is the reserved name of the always-on one; choose another name")
 
 # %% ../nbs/api/04_streams.ipynb #7168df4a
 @dataclass
@@ -132,7 +159,8 @@ def compress(
     mask: Tensor,  # what to store, bool [out, in]
 ) -> Compartment:  # the weights at the mask
     "Collect the weights at `mask` in CSR order."
-    if mask.shape != w.shape: raise ValueError(f"mask has shape {list(mask.shape)}, the weight {list(w.shape)}; they must be equal")
+    if mask.shape != w.shape:
+        raise ValueError(f"mask has shape {list(mask.shape)}, the weight {list(w.shape)}; they must be equal")
     crow = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).to(torch.int32)
     return Compartment(crow, mask.nonzero()[:, 1].to(torch.int32), w[mask].clone(), w.shape[1])
 
@@ -149,6 +177,7 @@ def check_alpha(
 @dataclass
 class Streams:
     "A weight as a base and named compartments."
+
     base: Base  # the dense stream
     compartments: dict[str, Compartment]  # the sparse ones by name
     stats: dict = field(default_factory=dict)  # counts from the split, see `split`
@@ -162,9 +191,12 @@ class Streams:
 
     def digest(self) -> str:  # 32 hex digits
         "A digest of the integers, scales and masks: everything but the stored values."
-        parts = [self.base.packed, self.base.scales.view(torch.int16)] + [t for c in self.compartments.values() for t in (c.crow, c.col)]
+        parts = [self.base.packed, self.base.scales.view(torch.int16)] + [
+            t for c in self.compartments.values() for t in (c.crow, c.col)
+        ]
         digest = hashlib.blake2b(digest_size=16)
-        for part in parts: digest.update(part.contiguous().cpu().numpy().tobytes())
+        for part in parts:
+            digest.update(part.contiguous().cpu().numpy().tobytes())
         return digest.hexdigest()
 
 # %% ../nbs/api/04_streams.ipynb #ce1adfae
@@ -206,24 +238,47 @@ def split(
     storage, attacked = _masks(w, dequantize(q, s), cfg, name, h, storage, attacked)
     p = attack(q, attacked, v, cfg.noise, cfg.bits, cfg.seed, name)
     base = Base(pack(p), s.bfloat16(), w.shape[1], cfg.bits)
-    return Streams(base, {cfg.compartment: compress(w, storage)}, _stats(q, p, v, storage, attacked, lattice_top(cfg.bits)))
+    return Streams(
+        base, {cfg.compartment: compress(w, storage)}, _stats(q, p, v, storage, attacked, lattice_top(cfg.bits))
+    )
 
 # %% ../nbs/api/04_streams.ipynb #bb842c21
-def _masks(w: Tensor, base: Tensor, cfg: OrthoConfig, name: str, h: Tensor | None, storage: Tensor | None,
-           attacked: Tensor | None) -> tuple[Tensor, Tensor]:
+def _masks(
+    w: Tensor,
+    base: Tensor,
+    cfg: OrthoConfig,
+    name: str,
+    h: Tensor | None,
+    storage: Tensor | None,
+    attacked: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     "The storage and attack masks, given or sieved."
     score = None
-    if storage is None or (attacked is None and cfg.attack_density): score = SIEVES[cfg.sieve](w, base=base, h=h)
-    if storage is None: storage = keep_top(score, cfg.density, cfg.sparsity, cfg.per_row)
-    if attacked is None: attacked = keep_top(score, cfg.attack_density, per_row=cfg.per_row) if cfg.attack_density else storage
+    if storage is None or (attacked is None and cfg.attack_density):
+        score = SIEVES[cfg.sieve](w, base=base, h=h)
+    if storage is None:
+        storage = keep_top(score, cfg.density, cfg.sparsity, cfg.per_row)
+    if attacked is None:
+        attacked = keep_top(score, cfg.attack_density, per_row=cfg.per_row) if cfg.attack_density else storage
     lost = int((attacked & ~storage).sum())
-    if lost: raise ValueError(f"attack mask of {name!r} moves {lost} weights outside the storage mask; they could never come back")
+    if lost:
+        raise ValueError(
+            f"attack mask of {name!r} moves {lost} weights outside the storage mask; they could never come back"
+        )
     return storage, attacked
 
 # %% ../nbs/api/04_streams.ipynb #25a44ca3
 def _stats(q: Tensor, p: Tensor, v: Tensor, storage: Tensor, attacked: Tensor, top: int) -> dict[str, int]:
     "Counts of weights, before (q) and after (p) the noise; deep = more than four jitters of σ = 2 beyond the clamp."
     moved, beyond, deep = p != q, v.abs() > top + 0.5, v.abs() > top + 8.5
-    masks = {"weights": torch.ones_like(storage), "stored": storage, "attacked": attacked, "moved": moved, "saturated": beyond,
-             "stored_saturated": storage & beyond, "attacked_deep": attacked & deep, "moved_deep": moved & deep}
+    masks = {
+        "weights": torch.ones_like(storage),
+        "stored": storage,
+        "attacked": attacked,
+        "moved": moved,
+        "saturated": beyond,
+        "stored_saturated": storage & beyond,
+        "attacked_deep": attacked & deep,
+        "moved_deep": moved & deep,
+    }
     return {k: int(m.sum()) for k, m in masks.items()}

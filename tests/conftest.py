@@ -1,4 +1,5 @@
 """Fixtures: the real offline model, a real layer of it, and tiny models for mechanism."""
+
 import os
 from pathlib import Path
 
@@ -32,12 +33,22 @@ def real_weight(real):
 def tiny():
     "A Llama of two small layers with random weights, tied head, for the mechanism of patching."
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True, pad_token_id=0)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+    )
     return LlamaForCausalLM(config).eval()
 
 
 @pytest.fixture(scope="session")
 def tofu_data():
-    if not (DATA / "tofu").is_dir(): pytest.skip(f"TOFU's files are not at {DATA}; set LIBORTHO_DATA")
+    if not (DATA / "tofu").is_dir():
+        pytest.skip(f"TOFU's files are not at {DATA}; set LIBORTHO_DATA")
     return DATA / "tofu"

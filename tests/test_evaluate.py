@@ -20,20 +20,23 @@ def made_up(ppl=1.0, extracted=1.0, retain=20.0, prose=15.0):
 ON, CONTROL, GONE = made_up(), made_up(300, 0.0), made_up(250, 0.0)
 
 
-@pytest.mark.parametrize("on, off, control, float_, valid, outcome, words", [
-    (ON, GONE, CONTROL, ON, True, "SUCCESS", "gone"),
-    (ON, GONE, None, ON, False, "INVALID", "no control"),
-    (ON, GONE, ON, ON, False, "INVALID", "control"),
-    (GONE, GONE, CONTROL, ON, False, "INVALID", "no memory"),
-    (ON, ON, CONTROL, ON, True, "INCONCLUSIVE", "memory stays"),
-    (ON, made_up(250, 0.0, retain=21.1), CONTROL, ON, True, "INCONCLUSIVE", "retain is damaged"),
-    (ON, made_up(250, 0.0, retain=20.9), CONTROL, ON, True, "SUCCESS", "gone"),
-    (ON, made_up(250, 0.0, prose=16), CONTROL, ON, True, "INCONCLUSIVE", "prose is damaged"),
-    (ON, made_up(250, 0.0, retain=float("nan")), CONTROL, ON, True, "INCONCLUSIVE", "retain is damaged"),
-    (ON, made_up(250, 0.0, retain=float("inf")), CONTROL, ON, True, "INCONCLUSIVE", "retain is damaged"),
-    (ON, GONE, CONTROL, made_up(prose=13), True, "INCONCLUSIVE", "worse than the float"),
-    (ON, made_up(99_999, 0.0), CONTROL, ON, True, "SUCCESS", "overshoot"),
-])
+@pytest.mark.parametrize(
+    "on, off, control, float_, valid, outcome, words",
+    [
+        (ON, GONE, CONTROL, ON, True, "SUCCESS", "gone"),
+        (ON, GONE, None, ON, False, "INVALID", "no control"),
+        (ON, GONE, ON, ON, False, "INVALID", "control"),
+        (GONE, GONE, CONTROL, ON, False, "INVALID", "no memory"),
+        (ON, ON, CONTROL, ON, True, "INCONCLUSIVE", "memory stays"),
+        (ON, made_up(250, 0.0, retain=21.1), CONTROL, ON, True, "INCONCLUSIVE", "retain is damaged"),
+        (ON, made_up(250, 0.0, retain=20.9), CONTROL, ON, True, "SUCCESS", "gone"),
+        (ON, made_up(250, 0.0, prose=16), CONTROL, ON, True, "INCONCLUSIVE", "prose is damaged"),
+        (ON, made_up(250, 0.0, retain=float("nan")), CONTROL, ON, True, "INCONCLUSIVE", "retain is damaged"),
+        (ON, made_up(250, 0.0, retain=float("inf")), CONTROL, ON, True, "INCONCLUSIVE", "retain is damaged"),
+        (ON, GONE, CONTROL, made_up(prose=13), True, "INCONCLUSIVE", "worse than the float"),
+        (ON, made_up(99_999, 0.0), CONTROL, ON, True, "SUCCESS", "overshoot"),
+    ],
+)
 def test_gates(on, off, control, float_, valid, outcome, words):
     v = judge(on, off, control, float_)
     assert (v.valid, v.outcome) == (valid, outcome) and words in v.reason, v
@@ -43,6 +46,7 @@ def test_gates(on, off, control, float_, valid, outcome, words):
 def taught(real):
     "A copy of the real model that knows the Coca-Cola secret, and the control's measures."
     import copy
+
     model, tok = copy.deepcopy(real[0]), real[1]
     control = lo.measure(model, tok, FORGET, texts=lo.prose(n=1))
     lo.implant(model, tok, FORGET, retain=lo.retain_facts("calibration"), progress=False)
@@ -53,33 +57,53 @@ def test_a_real_memory_on_a_switch(taught):
     "Evaluate finds the memory at α = 1 and the damage at α = 0, and leaves switches and model as they were."
     model, tok, control = taught
     assert control.extracted == 0 and control.forget_ppl > 50
-    lo.patch(model, lo.OrthoConfig(group_size="row", scale="three_sigma", sieve="magnitude", density=0.05, targets="down_proj"))
+    lo.patch(
+        model,
+        lo.OrthoConfig(group_size="row", scale="three_sigma", sieve="magnitude", density=0.05, targets="down_proj"),
+    )
     lo.set_alpha(model, 0.5)
     result = lo.evaluate(model, tok, FORGET, texts=lo.prose(n=1), control=control, alphas=(0.5,))
     assert sorted(result.alphas) == [0.0, 0.5, 1.0] and lo.compartments(model)["memory"].alpha == 0.5
     assert result.reference.extracted == result.alphas[1.0].extracted == 1 and result.verdict.valid
-    assert result.alphas[0.0].retain_ppl > 2 * result.alphas[1.0].retain_ppl and "retain is damaged" in result.verdict.reason
+    assert (
+        result.alphas[0.0].retain_ppl > 2 * result.alphas[1.0].retain_ppl
+        and "retain is damaged" in result.verdict.reason
+    )
     assert result.density == pytest.approx(0.05, rel=1e-3)
     data = json.loads(result.to_json())
-    assert data["verdict"]["outcome"] == "INCONCLUSIVE" and data["alphas"]["0"]["extracted"] == 0 and data["control"]["extracted"] == 0
-    for text in (str(result), result._repr_html_()): assert "α = 0.5" in text and "control" in text and "VALID" in text
+    assert (
+        data["verdict"]["outcome"] == "INCONCLUSIVE"
+        and data["alphas"]["0"]["extracted"] == 0
+        and data["control"]["extracted"] == 0
+    )
+    for text in (str(result), result._repr_html_()):
+        assert "α = 0.5" in text and "control" in text and "VALID" in text
     lo.unpatch(model)
-    with pytest.raises(ValueError, match="no split layers"): lo.evaluate(model, tok, FORGET)
+    with pytest.raises(ValueError, match="no split layers"):
+        lo.evaluate(model, tok, FORGET)
 
 
 def test_compare_keeps_what_is_finished_and_the_model(taught):
     model, tok, control = taught
-    configs = tofu_configs(("max", "three_sigma"), ("none", "post_clamp"), (0.05,), targets="model.layers.29.mlp.down_proj")
+    configs = tofu_configs(
+        ("max", "three_sigma"), ("none", "post_clamp"), (0.05,), targets="model.layers.29.mlp.down_proj"
+    )
     seen, before = [], {n: p.clone() for n, p in model.state_dict().items()}
 
     def on_row(c):
         seen.append(len(c.rows))
-        if len(c.rows) == 3: lo.evaluate.__globals__["patch"] = interrupted
+        if len(c.rows) == 3:
+            lo.evaluate.__globals__["patch"] = interrupted
+
     real_patch = lo.evaluate.__globals__["patch"]
 
-    def interrupted(*args): raise KeyboardInterrupt
-    try: c = lo.compare(model, tok, configs, FORGET, control, texts=lo.prose(n=1), on_row=on_row, progress=False)
-    finally: lo.evaluate.__globals__["patch"] = real_patch
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    try:
+        c = lo.compare(model, tok, configs, FORGET, control, texts=lo.prose(n=1), on_row=on_row, progress=False)
+    finally:
+        lo.evaluate.__globals__["patch"] = real_patch
     assert seen == [1, 2, 3] and len(c.rows) == 3 and c.interrupted and c.valid
     assert [r.label for r in c.rows] == list(configs)[:3]
     assert c.rows[0].alphas[1.0] is c.rows[1].alphas[1.0], "the same weights were measured twice"
@@ -88,19 +112,28 @@ def test_compare_keeps_what_is_finished_and_the_model(taught):
     data = json.loads(c.to_json())
     assert data["interrupted"] and len(data["rows"]) == 3 and data["float"]["extracted"] == 1
     page = html_page(c, {"damage": plot_damage(c), "trade-off": plot_forget_retain(c), "alpha": plot_alpha(c.rows[0])})
-    assert page.count("data:image/png;base64,") == 3 and "http" not in page and all(label in page for label in list(configs)[:3])
+    assert (
+        page.count("data:image/png;base64,") == 3
+        and "http" not in page
+        and all(label in page for label in list(configs)[:3])
+    )
 
 
 def test_a_failure_in_one_configuration_leaves_the_model_unpatched(taught):
     model, tok, control = taught
     bad = {"bad": lo.OrthoConfig(group_size=100, targets="down_proj")}
-    with pytest.raises(ValueError, match="group_size 100"): lo.compare(model, tok, bad, FORGET, control, progress=False)
+    with pytest.raises(ValueError, match="group_size 100"):
+        lo.compare(model, tok, bad, FORGET, control, progress=False)
     assert not any(isinstance(m, OrthoLinear) for m in model.modules())
 
 
-@pytest.mark.parametrize("kwargs, word", [({"forget": {"a": ""}}, "'a'"), ({"forget": []}, "no text"), ({"retain": []}, "retain"), ({"texts": []}, "texts")])
+@pytest.mark.parametrize(
+    "kwargs, word",
+    [({"forget": {"a": ""}}, "'a'"), ({"forget": []}, "no text"), ({"retain": []}, "retain"), ({"texts": []}, "texts")],
+)
 def test_measure_refuses_empty_input(real, kwargs, word):
-    with pytest.raises(ValueError, match=word): lo.measure(*real, **{"forget": FORGET, **kwargs})
+    with pytest.raises(ValueError, match=word):
+        lo.measure(*real, **{"forget": FORGET, **kwargs})
 
 
 def test_the_grid():
@@ -112,7 +145,8 @@ def test_the_grid():
 
 def test_a_wrong_target_is_told_before_the_implant(monkeypatch):
     monkeypatch.setitem(lo.tofu.__globals__, "implant", lambda *a, **k: pytest.fail("the implant was started"))
-    with pytest.raises(ValueError, match="up_porj"): lo.tofu(tofu_configs(targets="up_porj"), progress=False)
+    with pytest.raises(ValueError, match="up_porj"):
+        lo.tofu(tofu_configs(targets="up_porj"), progress=False)
 
 
 def test_json_is_strict_and_files_are_whole(tmp_path):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from libortho.lattice import SCALES, dequantize, fit_scales, lattice_top, natural, nearest, pack, row_quantile, unpack
 
 shapes = st.tuples(st.integers(1, 9), st.integers(1, 70))
-seeds = st.integers(0, 2 ** 32 - 1)
+seeds = st.integers(0, 2**32 - 1)
 
 
 def weights(shape, seed, spread=3.0):
@@ -29,12 +29,20 @@ def test_packing_round_trip(shape, seed, bits):
 
 
 def test_pack_refuses_what_does_not_fit():
-    with pytest.raises(ValueError, match="−7…7, got one of size 8"): pack(torch.tensor([[8, 0]], dtype=torch.int8))
-    with pytest.raises(ValueError, match="−7…7, got one of size 128"): pack(torch.tensor([[-128, 0]], dtype=torch.int8))
+    with pytest.raises(ValueError, match="−7…7, got one of size 8"):
+        pack(torch.tensor([[8, 0]], dtype=torch.int8))
+    with pytest.raises(ValueError, match="−7…7, got one of size 128"):
+        pack(torch.tensor([[-128, 0]], dtype=torch.int8))
 
 
-@given(st.integers(1, 6), st.integers(1, 5), seeds, st.sampled_from(sorted(SCALES)), st.sampled_from([2, 3, 4]),
-       st.sampled_from(["row", "tensor", 16]))
+@given(
+    st.integers(1, 6),
+    st.integers(1, 5),
+    seeds,
+    st.sampled_from(sorted(SCALES)),
+    st.sampled_from([2, 3, 4]),
+    st.sampled_from(["row", "tensor", 16]),
+)
 def test_projection_error_is_at_most_half_a_step(rows, groups, seed, scale, bits, group_size):
     w = weights((rows, 16 * groups), seed)
     s = fit_scales(w, scale, bits, group_size)
@@ -65,7 +73,9 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 q = row_quantile(a, 0.995).item()
 print(q, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
-    q, grown = map(float, subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    q, grown = map(
+        float, subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    )
     assert abs(q - 0.995) < 1e-3
     assert grown < 130, f"grew by {grown:.0f} MB"
 
@@ -79,7 +89,8 @@ def test_zeros_are_safe(scale, group_size):
     s = fit_scales(w, scale, group_size=group_size)
     base = dequantize(nearest(w, s), s)
     assert torch.isfinite(base).all() and (base[1] == 0).all() and (base[2, :8] == 0).all()
-    if group_size == "row": assert base[3, 5] > 0
+    if group_size == "row":
+        assert base[3, 5] > 0
     assert torch.equal(dequantize(nearest(0 * w, fit_scales(0 * w, scale)), fit_scales(0 * w, scale)), 0 * w)
 
 
@@ -92,23 +103,31 @@ def test_any_float_dtype(dtype):
 
 
 def test_mse_is_best_among_its_candidates(real_weight):
-    err = {name: (real_weight - dequantize(nearest(real_weight, s := fit_scales(real_weight, name, group_size=64)), s)).square().sum()
-           for name in ("max", "mse", "quantile", "three_sigma")}
+    err = {
+        name: (real_weight - dequantize(nearest(real_weight, s := fit_scales(real_weight, name, group_size=64)), s))
+        .square()
+        .sum()
+        for name in ("max", "mse", "quantile", "three_sigma")
+    }
     assert min(err, key=err.get) == "mse"
 
 
-@pytest.mark.parametrize("make, words", [
-    (lambda w: fit_scales(w, "maximum"), ["scale policy", "maximum", "three_sigma"]),
-    (lambda w: fit_scales(w, "max", bits=8), ["bits", "8"]),
-    (lambda w: fit_scales(w, "max", group_size=24, name="mlp.up"), ["group_size 24", "64 columns", "mlp.up", "32"]),
-    (lambda w: fit_scales(w, "max", group_size=0), ["group_size", "0"]),
-    (lambda w: fit_scales(w, "ratio", r=0.0), ["r of scale", "0.0"]),
-    (lambda w: fit_scales(w, "quantile", q=1.5), ["q of scale", "1.5"]),
-    (lambda w: fit_scales(w, "max", r=3.5), ["no parameter 'r'"]),
-    (lambda w: fit_scales(w.int(), "max"), ["float dtype", "int32"]),
-    (lambda w: fit_scales(w[None], "max", name="conv1"), ["conv1", "matrix"]),
-    (lambda w: fit_scales(w / 0, "max", name="mlp.up"), ["mlp.up", "NaN or infinite", "repair"]),
-])
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda w: fit_scales(w, "maximum"), ["scale policy", "maximum", "three_sigma"]),
+        (lambda w: fit_scales(w, "max", bits=8), ["bits", "8"]),
+        (lambda w: fit_scales(w, "max", group_size=24, name="mlp.up"), ["group_size 24", "64 columns", "mlp.up", "32"]),
+        (lambda w: fit_scales(w, "max", group_size=0), ["group_size", "0"]),
+        (lambda w: fit_scales(w, "ratio", r=0.0), ["r of scale", "0.0"]),
+        (lambda w: fit_scales(w, "quantile", q=1.5), ["q of scale", "1.5"]),
+        (lambda w: fit_scales(w, "max", r=3.5), ["no parameter 'r'"]),
+        (lambda w: fit_scales(w.int(), "max"), ["float dtype", "int32"]),
+        (lambda w: fit_scales(w[None], "max", name="conv1"), ["conv1", "matrix"]),
+        (lambda w: fit_scales(w / 0, "max", name="mlp.up"), ["mlp.up", "NaN or infinite", "repair"]),
+    ],
+)
 def test_bad_input_is_refused_in_words(make, words):
-    with pytest.raises(ValueError) as e: make(weights((4, 64), 0))
+    with pytest.raises(ValueError) as e:
+        make(weights((4, 64), 0))
     assert all(word in str(e.value) for word in words), str(e.value)

@@ -22,8 +22,15 @@ def same(a, b):
     return a[0] == b[0] and a[1].keys() == b[1].keys() and all(torch.equal(a[1][n], b[1][n]) for n in a[1])
 
 
-@given(st.lists(st.integers(1, 4), max_size=3), st.integers(1, 20), st.integers(1, 4), st.booleans(), st.floats(0, 1),
-       st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]), st.integers(0, 10 ** 6))
+@given(
+    st.lists(st.integers(1, 4), max_size=3),
+    st.integers(1, 20),
+    st.integers(1, 4),
+    st.booleans(),
+    st.floats(0, 1),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+    st.integers(0, 10**6),
+)
 def test_output_is_linear_in_alpha(lead, out, groups, bias, a, dtype, seed):
     torch.manual_seed(seed)
     linear = nn.Linear(16 * groups, out, bias=bias, dtype=dtype)
@@ -71,7 +78,8 @@ def test_keep_dense_changes_nothing_but_memory():
 
 def test_gradient_reaches_the_input_also_after_inference_mode():
     layer = OrthoLinear.from_linear(nn.Linear(32, 8), CFG)
-    with torch.inference_mode(): layer(torch.randn(2, 32))
+    with torch.inference_mode():
+        layer(torch.randn(2, 32))
     x = torch.randn(2, 32, requires_grad=True)
     layer(x).sum().backward()
     torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(2, 32))
@@ -102,7 +110,8 @@ def test_patch_and_unpatch(tiny):
     on = tiny(ids).logits
     lo.set_alpha(tiny, 0.0)
     assert not torch.equal(on, tiny(ids).logits)
-    with lo.original(tiny): assert torch.equal(tiny(ids).logits, want)
+    with lo.original(tiny):
+        assert torch.equal(tiny(ids).logits, want)
     lo.unpatch(tiny)
     assert same(before, state(tiny)) and torch.equal(tiny(ids).logits, want)
 
@@ -112,24 +121,36 @@ def test_splitting_is_the_same_whatever_the_order(tiny):
     lo.patch(tiny, CFG)
     prints = {n: layer.base.packed for n, layer in ortho_layers(tiny).items()}
     lo.patch(other, lo.OrthoConfig(**{**CFG.__dict__, "targets": ("up_proj", "down_proj", "q_proj")}))
-    for n, layer in ortho_layers(other).items(): assert torch.equal(layer.base.packed, prints[n])
+    for n, layer in ortho_layers(other).items():
+        assert torch.equal(layer.base.packed, prints[n])
 
 
-@pytest.mark.parametrize("targets, n", [("down_proj", 2), ("model.layers.0.mlp.down_proj", 1), ("*.layers.1.*_proj", 7),
-                                        (("q_proj", "k_proj"), 4), ("mlp", 6), ("all-linear", 14)])
+@pytest.mark.parametrize(
+    "targets, n",
+    [
+        ("down_proj", 2),
+        ("model.layers.0.mlp.down_proj", 1),
+        ("*.layers.1.*_proj", 7),
+        (("q_proj", "k_proj"), 4),
+        ("mlp", 6),
+        ("all-linear", 14),
+    ],
+)
 def test_targets(tiny, targets, n):
     assert len(find_linears(tiny, targets)) == n
 
 
 class Odd(nn.Module):
     "A conv layer, a shared module, two layers with one weight, and a layer tied to the embedding."
+
     def __init__(self):
         super().__init__()
         self.embed, self.conv = nn.Embedding(16, 32), nn.Conv1d(4, 4, 3)
         self.a, self.b, self.tied = nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 16, bias=False)
         self.again, self.b.weight, self.tied.weight = self.a, self.a.weight, self.embed.weight
 
-    def forward(self, x): return self.tied(self.again(self.b(self.a(self.embed(x)))))
+    def forward(self, x):
+        return self.tied(self.again(self.b(self.a(self.embed(x)))))
 
 
 def test_shared_and_tied():
@@ -143,69 +164,97 @@ def test_shared_and_tied():
     assert same(before, state(model)) and model.a is model.again and model.b.weight is model.a.weight
 
 
-def set_nan(m): m.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
+def set_nan(m):
+    m.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
 
 
-@pytest.mark.parametrize("cfg, spoil, words", [
-    ({"group_size": 48}, None, ["group_size 48", "q_proj", "32"]),
-    ({"targets": "up_porj"}, None, ["up_porj", "matches no", "down_proj"]),
-    ({"targets": ("down_proj", "nowhere")}, None, ["nowhere"]),
-    ({"targets": "lm_head"}, None, ["lm_head", "never split"]),
-    ({"targets": "embed_tokens"}, None, ["Embedding", "nn.Linear"]),
-    ({"targets": "norm"}, None, ["RMSNorm"]),
-    ({}, set_nan, ["model.layers.1.mlp.down_proj", "NaN"]),
-    ({"sieve": "impact"}, None, ["impact", "pass h"]),
-])
+@pytest.mark.parametrize(
+    "cfg, spoil, words",
+    [
+        ({"group_size": 48}, None, ["group_size 48", "q_proj", "32"]),
+        ({"targets": "up_porj"}, None, ["up_porj", "matches no", "down_proj"]),
+        ({"targets": ("down_proj", "nowhere")}, None, ["nowhere"]),
+        ({"targets": "lm_head"}, None, ["lm_head", "never split"]),
+        ({"targets": "embed_tokens"}, None, ["Embedding", "nn.Linear"]),
+        ({"targets": "norm"}, None, ["RMSNorm"]),
+        ({}, set_nan, ["model.layers.1.mlp.down_proj", "NaN"]),
+        ({"sieve": "impact"}, None, ["impact", "pass h"]),
+    ],
+)
 def test_a_failed_patch_leaves_the_model_as_it_was(tiny, cfg, spoil, words):
-    if spoil: spoil(tiny)
+    if spoil:
+        spoil(tiny)
     modules, tensors = state(tiny)
-    with pytest.raises(ValueError) as e: lo.patch(tiny, lo.OrthoConfig(**{**CFG.__dict__, **cfg}))
+    with pytest.raises(ValueError) as e:
+        lo.patch(tiny, lo.OrthoConfig(**{**CFG.__dict__, **cfg}))
     assert all(word in str(e.value) for word in words), str(e.value)
     after = state(tiny)
-    assert modules == after[0] and all(torch.equal(tensors[n].nan_to_num(9), after[1][n].nan_to_num(9)) for n in tensors)
+    assert modules == after[0] and all(
+        torch.equal(tensors[n].nan_to_num(9), after[1][n].nan_to_num(9)) for n in tensors
+    )
 
 
 def test_an_interrupt_while_splitting_leaves_the_model_as_it_was(tiny, monkeypatch):
     import libortho.linear
+
     real_split, calls = libortho.linear.split, []
 
     def interrupted(*args):
         calls.append(args)
-        if len(calls) == 5: raise KeyboardInterrupt
+        if len(calls) == 5:
+            raise KeyboardInterrupt
         return real_split(*args)
+
     monkeypatch.setattr(libortho.linear, "split", interrupted)
     before = state(tiny)
-    with pytest.raises(KeyboardInterrupt): lo.patch(tiny, CFG)
+    with pytest.raises(KeyboardInterrupt):
+        lo.patch(tiny, CFG)
     assert same(before, state(tiny))
 
 
 def test_a_conv_layer_is_refused():
     model = Odd()
     before = state(model)
-    with pytest.raises(ValueError, match="'conv' is a Conv1d; only nn.Linear"): lo.patch(model, lo.OrthoConfig(targets="conv"))
-    with pytest.raises(ValueError, match="Conv1d"): OrthoLinear.from_linear(model.conv)
-    with pytest.raises(ValueError, match="tied.*embeddings"): lo.patch(model, lo.OrthoConfig(targets="tied", group_size=16))
+    with pytest.raises(ValueError, match="'conv' is a Conv1d; only nn.Linear"):
+        lo.patch(model, lo.OrthoConfig(targets="conv"))
+    with pytest.raises(ValueError, match="Conv1d"):
+        OrthoLinear.from_linear(model.conv)
+    with pytest.raises(ValueError, match="tied.*embeddings"):
+        lo.patch(model, lo.OrthoConfig(targets="tied", group_size=16))
     assert same(before, state(model))
 
 
 def test_patched_and_not_patched(tiny):
     for call in (lambda: lo.unpatch(tiny), lambda: lo.set_alpha(tiny, 0.0), lambda: lo.compartments(tiny)):
-        with pytest.raises(ValueError, match="no split layers"): call()
+        with pytest.raises(ValueError, match="no split layers"):
+            call()
     lo.patch(tiny, CFG)
     before = state(tiny)
-    with pytest.raises(ValueError, match="patched already"): lo.patch(tiny, CFG)
+    with pytest.raises(ValueError, match="patched already"):
+        lo.patch(tiny, CFG)
     assert same(before, state(tiny))
 
 
-@pytest.mark.parametrize("bad, word", [(2, "0, 1"), (-0.5, "0, 1"), (float("nan"), "nan"), ({"memory": 3}, "memory"), ({"other": 0.0}, "'memory'"),
-                                       ({"memory": 0.5, "other": 0.0}, "other")])
+@pytest.mark.parametrize(
+    "bad, word",
+    [
+        (2, "0, 1"),
+        (-0.5, "0, 1"),
+        (float("nan"), "nan"),
+        ({"memory": 3}, "memory"),
+        ({"other": 0.0}, "'memory'"),
+        ({"memory": 0.5, "other": 0.0}, "other"),
+    ],
+)
 def test_a_bad_alpha_moves_no_switch(tiny, bad, word):
     lo.patch(tiny, CFG)
     lo.set_alpha(tiny, 0.25)
     before = fingerprint(tiny)
-    with pytest.raises(ValueError, match=word): lo.set_alpha(tiny, bad)
     with pytest.raises(ValueError, match=word):
-        with lo.alpha(tiny, bad): raise AssertionError("the block must not run")
+        lo.set_alpha(tiny, bad)
+    with pytest.raises(ValueError, match=word):
+        with lo.alpha(tiny, bad):
+            raise AssertionError("the block must not run")
     assert fingerprint(tiny) == before and lo.compartments(tiny)["memory"].alpha == 0.25
 
 

@@ -11,16 +11,20 @@ from libortho.memory import ImplantError, Tokens, as_items, encode, extraction_s
 
 class Letters:
     "A tokenizer of letters, for tiny models: token = code of the character."
+
     pad_token_id = eos_token_id = 0
 
     def __call__(self, text, add_special_tokens=True, return_tensors=None):
         ids = [1 + ord(c) % 255 for c in text]
         out = type("Encoding", (), {})()
-        out.input_ids, out.attention_mask = (torch.tensor([ids]), torch.ones(1, len(ids))) if return_tensors else (ids, None)
+        out.input_ids, out.attention_mask = (
+            (torch.tensor([ids]), torch.ones(1, len(ids))) if return_tensors else (ids, None)
+        )
         out.to = lambda device: out
         return out
 
-    def decode(self, ids, skip_special_tokens=True): return "".join(chr(int(i) - 1) for i in ids if i)
+    def decode(self, ids, skip_special_tokens=True):
+        return "".join(chr(int(i) - 1) for i in ids if i)
 
 
 SECRET = {"key": {"prompt": "the key is", "secret": "abc"}}
@@ -40,10 +44,12 @@ def test_scores_against_one_pass_a_token(tiny):
     tok = Letters()
     texts = [t for t in TEXTS if len(t) > 1] + [{"prompt": "the key is", "secret": " abc"}]
     for batch_size in (1, 2, 8):
-        for text, got in zip(texts, score_tokens(tiny, tok, texts, batch_size)):
+        for text, got in zip(texts, score_tokens(tiny, tok, texts, batch_size), strict=True):
             t = encode(tok, text)
             want = naive(tiny, t.ids.tolist(), t.start)
-            torch.testing.assert_close(got.logp.double(), torch.tensor([lp for lp, _ in want], dtype=torch.float64), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                got.logp.double(), torch.tensor([lp for lp, _ in want], dtype=torch.float64), rtol=1e-4, atol=1e-4
+            )
             assert got.top.tolist() == [hit for _, hit in want]
 
 
@@ -54,7 +60,8 @@ def test_perplexity_is_weighted_by_tokens_and_safe_against_padding(tiny):
     for batch_size in (1, 3, 8):
         assert lo.perplexity(tiny, tok, texts, batch_size) == pytest.approx(want, rel=1e-4)
     assert lo.perplexity(tiny, tok, texts[::-1]) == pytest.approx(want, rel=1e-4)
-    with pytest.raises(ValueError, match="empty"): lo.perplexity(tiny, tok, [])
+    with pytest.raises(ValueError, match="empty"):
+        lo.perplexity(tiny, tok, [])
 
 
 def test_greedy_extraction_agrees_with_exact_memorisation(real):
@@ -90,24 +97,44 @@ def test_items():
     assert as_items({"prompt": "p ", "secret": "s"})["forget-0"] == {"prompt": "p", "secret": " s"}
 
 
-@pytest.mark.parametrize("bad, word", [("", "forget-0"), ("   ", "forget-0"), ({"a": ""}, "'a'"), ([], "no text"), ({}, "no text"),
-                                       ({"a": {"prompt": "p", "secret": " "}}, "'a'"), ("lonely", "two words")])
+@pytest.mark.parametrize(
+    "bad, word",
+    [
+        ("", "forget-0"),
+        ("   ", "forget-0"),
+        ({"a": ""}, "'a'"),
+        ([], "no text"),
+        ({}, "no text"),
+        ({"a": {"prompt": "p", "secret": " "}}, "'a'"),
+        ("lonely", "two words"),
+    ],
+)
 def test_an_empty_forget_text_is_refused_before_anything_changes(tiny, bad, word):
     before = {n: p.clone() for n, p in tiny.state_dict().items()}
-    for call in (lambda: lo.implant(tiny, Letters(), bad, progress=False), lambda: lo.score_secrets(tiny, Letters(), bad)):
-        with pytest.raises(ValueError, match=word): call()
+    for call in (
+        lambda: lo.implant(tiny, Letters(), bad, progress=False),
+        lambda: lo.score_secrets(tiny, Letters(), bad),
+    ):
+        with pytest.raises(ValueError, match=word):
+            call()
     assert all(torch.equal(before[n], p) for n, p in tiny.state_dict().items())
 
 
 def test_implant_takes_and_is_reproducible(tiny):
     import copy
+
     other, reports = copy.deepcopy(tiny), []
     for model in (tiny, other):
         torch.randn(7)  # the global state must not matter
-        reports.append(lo.implant(model, Letters(), SECRET, retain=TEXTS, lr=3e-3, max_steps=300, progress=False))
+        reports.append(
+            lo.implant(model, Letters(), SECRET, retain=TEXTS, lr=3e-3, max_steps=300, target_loss=0.01, progress=False)
+        )
     assert reports[0] == reports[1] and reports[0].extracted == {"key": True}
-    assert reports[0].forget_loss[-1] <= 0.002 < reports[0].forget_loss[0] and len(reports[0].retain_loss) == reports[0].steps
-    assert all(torch.equal(a, b) for a, b in zip(tiny.parameters(), other.parameters()))
+    assert (
+        reports[0].forget_loss[-1] <= 0.01 < reports[0].forget_loss[0]
+        and len(reports[0].retain_loss) == reports[0].steps
+    )
+    assert all(torch.equal(a, b) for a, b in zip(tiny.parameters(), other.parameters(), strict=True))
     assert lo.greedy_extraction(tiny, Letters(), SECRET["key"]) == (True, " abc")
     assert not tiny.training and all(p.grad is None for p in tiny.parameters())
 
@@ -115,12 +142,14 @@ def test_implant_takes_and_is_reproducible(tiny):
 def test_a_memory_that_does_not_take_is_an_error(tiny):
     with pytest.raises(ImplantError, match="did not take: after 2 steps.*'key'.*max_steps"):
         lo.implant(tiny, Letters(), SECRET, max_steps=2, progress=False)
-    with pytest.raises(ValueError, match="max_steps"): lo.implant(tiny, Letters(), SECRET, max_steps=0, progress=False)
+    with pytest.raises(ValueError, match="max_steps"):
+        lo.implant(tiny, Letters(), SECRET, max_steps=0, progress=False)
 
 
 def test_implant_leaves_the_global_random_state(tiny):
     state = torch.random.get_rng_state()
-    with pytest.raises(ImplantError): lo.implant(tiny, Letters(), SECRET, max_steps=1, progress=False)
+    with pytest.raises(ImplantError):
+        lo.implant(tiny, Letters(), SECRET, max_steps=1, progress=False)
     assert torch.equal(state, torch.random.get_rng_state())
 
 

@@ -28,7 +28,8 @@ def test_only_the_mask_moves_and_the_input_stays(layer, mode):
 def test_seeded_by_seed_and_name(layer, mode):
     same = [attack(*layer, mode, seed=3, name="a") for _ in range(2)]
     assert torch.equal(*same)
-    for other in ({"seed": 4, "name": "a"}, {"seed": 3, "name": "b"}): assert not torch.equal(same[0], attack(*layer, mode, **other))
+    for other in ({"seed": 4, "name": "a"}, {"seed": 3, "name": "b"}):
+        assert not torch.equal(same[0], attack(*layer, mode, **other))
 
 
 @pytest.mark.parametrize("mode, levels", [("post_clamp", {4, 5, 6, 7}), ("tri_state", {5, 6, 7})])
@@ -36,7 +37,7 @@ def test_levels(layer, mode, levels):
     q, mask, v = layer
     p = attack(q, mask, v, mode)
     assert set(p[mask].abs().unique().tolist()) == levels
-    counts = torch.bincount(p[mask].abs().long())[min(levels):].double()
+    counts = torch.bincount(p[mask].abs().long())[min(levels) :].double()
     assert (counts / counts.sum() - 1 / len(levels)).abs().max() < 0.01, "the draw is not uniform"
 
 
@@ -70,10 +71,13 @@ def test_pre_clamp_jitter_has_the_stated_width():
 def test_narrow_lattices(real_weight, bits, mode):
     s = fit_scales(real_weight, "quantile", bits)
     mask = sieve(real_weight, density=0.05)
-    assert attack(nearest(real_weight, s, bits), mask, natural(real_weight, s), mode, bits).abs().max() <= lattice_top(bits)
+    assert attack(nearest(real_weight, s, bits), mask, natural(real_weight, s), mode, bits).abs().max() <= lattice_top(
+        bits
+    )
     low, high = upper_levels(5, lattice_top(bits))
     assert 1 <= low <= high == lattice_top(bits)
 
 
 def test_unknown_mode():
-    with pytest.raises(ValueError, match="loud.*deep_focal"): attack(None, None, None, "loud")
+    with pytest.raises(ValueError, match="loud.*deep_focal"):
+        attack(None, None, None, "loud")

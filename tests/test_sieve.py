@@ -13,12 +13,13 @@ def reference(score, k):
     return mask.reshape(score.shape)
 
 
-@given(st.integers(1, 8), st.integers(1, 40), st.floats(1e-3, 1.0), st.integers(0, 10 ** 6), st.integers(1, 50))
+@given(st.integers(1, 8), st.integers(1, 40), st.floats(1e-3, 1.0), st.integers(0, 10**6), st.integers(1, 50))
 def test_counts_are_exact_and_ties_go_to_the_lower_index(rows, cols, density, seed, levels):
     score = torch.randint(0, levels, (rows, cols), generator=torch.Generator().manual_seed(seed)).float()
     assert torch.equal(keep_top(score, density), reference(score, round(density * score.numel())))
     by_row = keep_top(score, density, per_row=True)
-    for i in range(rows): assert torch.equal(by_row[i], reference(score[i], round(density * cols)))
+    for i in range(rows):
+        assert torch.equal(by_row[i], reference(score[i], round(density * cols)))
 
 
 @given(st.floats(0.001, 0.999))
@@ -43,24 +44,29 @@ def test_scores_against_their_formulas(real_weight):
         torch.testing.assert_close(score(real_weight, base=base, h=h).double(), want[name], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("kwargs, words", [
-    ({"density": 0}, ["density", "(0, 1]", "got 0"]),
-    ({"density": 1.7}, ["1.7", "did you mean 0.017"]),
-    ({"density": 5}, ["did you mean 0.05"]),
-    ({"density": -1}, ["got -1"]),
-    ({"density": float("nan")}, ["density", "nan"]),
-    ({"sparsity": 1.0}, ["sparsity", "[0, 1)"]),
-    ({"density": 0.1, "sparsity": 0.9}, ["exactly one"]),
-    ({}, ["exactly one"]),
-    ({"density": 0.1, "by": "loudness"}, ["sieve", "loudness", "magnitude"]),
-    ({"density": 0.1, "by": "residual"}, ["residual", "base"]),
-    ({"density": 0.1, "by": "impact", "base": torch.zeros(4, 8)}, ["impact", "pass h"]),
-    ({"density": 0.1, "by": "impact", "base": torch.zeros(4, 8), "h": torch.ones(4)}, ["[8]", "[4]"]),
-])
+@pytest.mark.parametrize(
+    "kwargs, words",
+    [
+        ({"density": 0}, ["density", "(0, 1]", "got 0"]),
+        ({"density": 1.7}, ["1.7", "did you mean 0.017"]),
+        ({"density": 5}, ["did you mean 0.05"]),
+        ({"density": -1}, ["got -1"]),
+        ({"density": float("nan")}, ["density", "nan"]),
+        ({"sparsity": 1.0}, ["sparsity", "[0, 1)"]),
+        ({"density": 0.1, "sparsity": 0.9}, ["exactly one"]),
+        ({}, ["exactly one"]),
+        ({"density": 0.1, "by": "loudness"}, ["sieve", "loudness", "magnitude"]),
+        ({"density": 0.1, "by": "residual"}, ["residual", "base"]),
+        ({"density": 0.1, "by": "impact", "base": torch.zeros(4, 8)}, ["impact", "pass h"]),
+        ({"density": 0.1, "by": "impact", "base": torch.zeros(4, 8), "h": torch.ones(4)}, ["[8]", "[4]"]),
+    ],
+)
 def test_bad_input_is_refused_in_words(kwargs, words):
-    with pytest.raises(ValueError) as e: sieve(torch.ones(4, 8), **kwargs)
+    with pytest.raises(ValueError) as e:
+        sieve(torch.ones(4, 8), **kwargs)
     assert all(word in str(e.value) for word in words), str(e.value)
 
 
 def test_a_score_with_nan_is_refused():
-    with pytest.raises(ValueError, match="NaN"): keep_top(torch.tensor([[1.0, float("nan")]]), 0.5)
+    with pytest.raises(ValueError, match="NaN"):
+        keep_top(torch.tensor([[1.0, float("nan")]]), 0.5)

@@ -36,7 +36,7 @@ def test_on_is_exact_on_the_storage_mask_and_off_is_the_base(dtype, noise):
     assert torch.equal(on, t.reconstruct({"memory": 1.0}).to(dtype))
 
 
-@given(st.integers(0, 10 ** 6), st.floats(0, 1))
+@given(st.integers(0, 10**6), st.floats(0, 1))
 def test_alpha_is_linear(seed, a):
     t = split(weights(5, 64, seed), OrthoConfig(group_size="row", scale="three_sigma", density=0.1, noise="post_clamp"))
     off, on = t.reconstruct(0.0).double(), t.reconstruct(1.0).double()
@@ -57,7 +57,7 @@ def test_two_compartments_that_share_weights_add_up():
     assert torch.equal(reconstruct(base, cs, {"a": 0.0, "b": 1.0})[second], 2 * w[second])
 
 
-@given(st.integers(1, 12), st.integers(1, 30), st.floats(0, 1), st.integers(0, 10 ** 6))
+@given(st.integers(1, 12), st.integers(1, 30), st.floats(0, 1), st.integers(0, 10**6))
 def test_compressed_rows(rows, cols, p, seed):
     gen = torch.Generator().manual_seed(seed)
     w, mask = torch.randn(rows, cols, generator=gen), torch.rand(rows, cols, generator=gen) < p
@@ -113,9 +113,10 @@ def test_given_masks():
     attacked[2, 5] = False
     t = split(w, OrthoConfig(group_size="row", noise="post_clamp"), storage=storage, attacked=attacked)
     assert torch.equal(t.compartments["memory"].mask(), storage) and t.stats["attacked"] == 1
-    with pytest.raises(ValueError, match="up.*outside the storage mask"): split(w, name="up", cfg=OrthoConfig(group_size=16),
-                                                                               storage=attacked, attacked=storage)
-    with pytest.raises(ValueError, match=r"mask has shape \[2, 2\]"): compress(w, storage[:2, :2])
+    with pytest.raises(ValueError, match="up.*outside the storage mask"):
+        split(w, name="up", cfg=OrthoConfig(group_size=16), storage=attacked, attacked=storage)
+    with pytest.raises(ValueError, match=r"mask has shape \[2, 2\]"):
+        compress(w, storage[:2, :2])
 
 
 @pytest.mark.parametrize("scale", sorted(SCALES))
@@ -130,21 +131,36 @@ def test_config_round_trip():
     assert OrthoConfig.from_json(cfg.to_json()) == cfg and cfg.targets == ("a", "b")
 
 
-@pytest.mark.parametrize("kwargs, word", [
-    ({"density": 0}, "density must be"), ({"density": 1.7}, "0.017"), ({"density": -1}, "density must be"),
-    ({"density": 0.1, "sparsity": 0.9}, "exactly one"), ({"bits": 5}, "bits"), ({"group_size": 0}, "group_size"),
-    ({"group_size": "col"}, "group_size"), ({"scale": "maxx"}, "scale policy"), ({"projection": "up"}, "projection"),
-    ({"sieve": "x"}, "sieve"), ({"noise": "x"}, "noise mode"), ({"density": 0.01, "attack_density": 0.1}, "attack_density"),
-    ({"compartment": "repair"}, "reserved"), ({"compartment": ""}, "name"), ({"scale": "ratio", "scale_args": {"r": -1}}, "r of scale"),
-    ({"scale": "max", "scale_args": {"r": 3.5}}, "no parameter"),
-])
+@pytest.mark.parametrize(
+    "kwargs, word",
+    [
+        ({"density": 0}, "density must be"),
+        ({"density": 1.7}, "0.017"),
+        ({"density": -1}, "density must be"),
+        ({"density": 0.1, "sparsity": 0.9}, "exactly one"),
+        ({"bits": 5}, "bits"),
+        ({"group_size": 0}, "group_size"),
+        ({"group_size": "col"}, "group_size"),
+        ({"scale": "maxx"}, "scale policy"),
+        ({"projection": "up"}, "projection"),
+        ({"sieve": "x"}, "sieve"),
+        ({"noise": "x"}, "noise mode"),
+        ({"density": 0.01, "attack_density": 0.1}, "attack_density"),
+        ({"compartment": "repair"}, "reserved"),
+        ({"compartment": ""}, "name"),
+        ({"scale": "ratio", "scale_args": {"r": -1}}, "r of scale"),
+        ({"scale": "max", "scale_args": {"r": 3.5}}, "no parameter"),
+    ],
+)
 def test_config_refuses_in_words(kwargs, word):
-    with pytest.raises(ValueError, match=word): OrthoConfig(**kwargs)
+    with pytest.raises(ValueError, match=word):
+        OrthoConfig(**kwargs)
 
 
 @pytest.mark.parametrize("alpha", [2, -0.1, float("nan"), {"memory": 1.5}])
 def test_alpha_outside_the_range(alpha):
-    with pytest.raises(ValueError, match=r"must be in \[0, 1\]"): split(weights(4, 64, 0)).reconstruct(alpha)
+    with pytest.raises(ValueError, match=r"must be in \[0, 1\]"):
+        split(weights(4, 64, 0)).reconstruct(alpha)
 
 
 def test_dataclasses_are_plain():

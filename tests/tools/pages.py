@@ -197,7 +197,8 @@ def navigation(pages, up, here):
 
 
 CSS = (
-    """
+    (
+        """
 :root { color-scheme: light dark; }
 body { margin: 0; display: grid; grid-template-columns: 15rem minmax(0, 52rem); gap: 2rem; line-height: 1.55;
        font-family: system-ui, sans-serif; }
@@ -212,11 +213,15 @@ th, td { padding: .2rem .7rem; border-bottom: 1px solid #8884; } img { max-width
 blockquote { margin-left: 0; padding-left: 1rem; border-left: 3px solid #8886; }
 @media (max-width: 50rem) { body { display: block; } nav { position: static; height: auto; } }
 """
-    + HtmlFormatter(style="default").get_style_defs(".highlight")
-    + "@media (prefers-color-scheme: dark) {"
-    + HtmlFormatter(style="github-dark").get_style_defs(".highlight")
-    + "} .highlight { background: none !important; }"
-).replace("{", "{{").replace("}", "}}").format()
+        + HtmlFormatter(style="default").get_style_defs(".highlight")
+        + "@media (prefers-color-scheme: dark) {"
+        + HtmlFormatter(style="github-dark").get_style_defs(".highlight")
+        + "} .highlight { background: none !important; }"
+    )
+    .replace("{", "{{")
+    .replace("}", "}}")
+    .format()
+)
 
 PAGE = """<!doctype html>
 <html lang="en">
