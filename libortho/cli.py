@@ -108,13 +108,15 @@ def _run(
         f"Teaching the secret '{canary}' to {model}, then {len(configs)} configurations. "
         "Perplexities: 1 is word for word, more is less known.\n"
     )
+    more = {"seed": seed, "on_start": rows.start, "on_row": save, "progress": out.is_terminal}
     try:
-        result = run_tofu(
-            configs, model, canary, alphas, seed=seed, on_start=rows.start, on_row=save, progress=out.is_terminal
-        )
+        result = run_tofu(configs, model, canary, alphas, **more)
     except (ImplantError, ValueError, OSError) as e:
         Console(stderr=True, soft_wrap=True).print(f"libortho: {e}", markup=False)
         return 3 if isinstance(e, ImplantError) else 2
+    except KeyboardInterrupt:
+        out.print("\nInterrupted before the first configuration was measured.")
+        return 130
     if alphas:
         for r in result.rows:
             out.print(f"\n{r.label}\n{r}", markup=False)

@@ -459,36 +459,30 @@ def compare(
     control: Measures,  # the never-memorised model's measures
     retain: list[Item] | None = None,  # held-out sentences or facts
     texts: list[str] | None = None,  # held-out prose
+    reference: Measures | None = None,  # the model's own measures, if they are known already
     alphas: tuple[float, ...] = (1.0, 0.0),  # positions of the switches
     on_row: Callable[[Comparison], None] | None = None,  # called after each row with all so far
     progress: bool = True,  # show a progress bar
 ) -> Comparison:
     "Evaluate configurations one after the other. Ctrl-C keeps the finished rows and returns."
-    reference = measure(model, tok, forget, retain, texts)
-    out, memo = Comparison(control, reference, planned=len(configs)), {}
+    if reference is None:
+        reference = measure(model, tok, forget, retain, texts)
+    common = {"forget": forget, "retain": retain, "texts": texts, "alphas": alphas}
+    return _fill(Comparison(control, reference, planned=len(configs)), model, tok, configs, common, on_row, progress)
+
+# %% ../nbs/api/10_evaluate.ipynb #2e5c65c9
+def _fill(c: Comparison, model: nn.Module, tok, configs: dict, common: dict, on_row: Callable | None, progress: bool):
+    "Add a row for each configuration; an interrupt ends it early."
+    common = {**common, "control": c.control, "reference": c.reference, "memo": {}}
     for label, cfg in (bar := tqdm(configs.items(), desc="policies", disable=not progress)):
         bar.set_postfix_str(label)
         try:
-            out.rows.append(
-                _compare_one(
-                    model,
-                    tok,
-                    cfg,
-                    label,
-                    forget=forget,
-                    retain=retain,
-                    texts=texts,
-                    control=control,
-                    reference=reference,
-                    alphas=alphas,
-                    memo=memo,
-                )
-            )
+            c.rows.append(_compare_one(model, tok, cfg, label, **common))
         except KeyboardInterrupt:
             break
         if on_row:
-            on_row(out)
-    return out
+            on_row(c)
+    return c
 
 
 def _compare_one(model: nn.Module, tok, cfg: OrthoConfig, label: str, **kwargs) -> Result:
@@ -499,7 +493,7 @@ def _compare_one(model: nn.Module, tok, cfg: OrthoConfig, label: str, **kwargs) 
     finally:
         unpatch(model)
 
-# %% ../nbs/api/10_evaluate.ipynb #bfdfb088
+# %% ../nbs/api/10_evaluate.ipynb #3271f991
 POLICIES = ("max", "percentile", "quantile", "three_sigma", "ratio")
 NOISE_MODES = ("none", "pre_clamp", "post_clamp", "tri_state", "deep_focal")
 
@@ -526,7 +520,7 @@ def tofu_configs(
     name = lambda p: f"ratio {ratio:g}" if p == "ratio" else p
     return {f"{name(p)} + {n} @ {d:g}": make(p, n, d) for d in densities for p in policies for n in noises}
 
-# %% ../nbs/api/10_evaluate.ipynb #3271f991
+# %% ../nbs/api/10_evaluate.ipynb #41a9d7e0
 def tofu(
     configs: dict[str, OrthoConfig] | None = None,  # by label; `tofu_configs()` if not given
     model: str = SMOLLM2,  # "smollm2-135m", a Hugging Face id or a path
@@ -549,32 +543,15 @@ def tofu(
         find_linears(lm, targets)  # a wrong name is told now, not after the implant
     control = measure(lm, tok, forget, texts=texts)
     report = implant(lm, tok, forget, retain_facts("calibration"), max_steps=max_steps, seed=seed, progress=progress)
+    reference = measure(lm, tok, forget, texts=texts)
     settings = {"model": str(model), "canary": canary, "prose_texts": prose_texts, "seed": seed, "alphas": list(alphas)}
-
-    def finish(c: Comparison, then: Callable | None) -> Comparison:
-        c.settings, c.implant = settings, report
-        if then:
-            then(c)
-        return c
-
+    c = Comparison(control, reference, planned=len(configs), settings=settings, implant=report)
     if on_start:
-        finish(Comparison(control, measure(lm, tok, forget, texts=texts), planned=len(configs)), on_start)
-    return finish(
-        compare(
-            lm,
-            tok,
-            configs,
-            forget,
-            control,
-            texts=texts,
-            alphas=alphas,
-            on_row=lambda c: finish(c, on_row),
-            progress=progress,
-        ),
-        None,
-    )
+        on_start(c)
+    common = {"forget": forget, "texts": texts, "alphas": alphas}
+    return _fill(c, lm, tok, configs, common, on_row, progress)
 
-# %% ../nbs/api/10_evaluate.ipynb #5b2de94b
+# %% ../nbs/api/10_evaluate.ipynb #070d9a06
 _PAGE = Environment(autoescape=True).from_string("""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -606,7 +583,7 @@ figcaption { font-size: 13px }
 </html>
 """)
 
-# %% ../nbs/api/10_evaluate.ipynb #070d9a06
+# %% ../nbs/api/10_evaluate.ipynb #361a3be2
 def html_page(
     comparison: Comparison,  # what was found
     figures: dict[str, object] | None = None,  # matplotlib figures by caption

@@ -240,30 +240,27 @@ def implant(
     if max_steps < 1:
         raise ValueError(f"max_steps must be at least 1, got {max_steps}")
     secrets = [encode(tok, i) for i in items.values()]
-    others = [
-        t for t in (encode(tok, _plain(t)) for t in retain or []) if len(t.ids) > 1
-    ]  # one token has nothing to predict
-    report, gen = ImplantReport(), torch.Generator().manual_seed(seed)
+    others = [encode(tok, _plain(t)) for t in retain or []]
+    others = [t for t in others if len(t.ids) > 1]  # one token has nothing to predict
+    report, gen, said = ImplantReport(), torch.Generator().manual_seed(seed), {}
     optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
-    was_training = model.training
-    with (
-        torch.random.fork_rng(devices=[]),
-        tqdm(total=max_steps, desc="implanting", leave=False, disable=not progress) as bar,
-    ):
+    was_training, bar = model.training, tqdm(total=max_steps, desc="implanting", leave=False, disable=not progress)
+    with torch.random.fork_rng(devices=[]), bar:
         torch.manual_seed(seed)
         try:
-            while report.steps < max_steps and not report.extracted:
+            while report.steps < max_steps and not all(report.extracted.values() or [False]):
                 picked = [others[i] for i in torch.randperm(len(others), generator=gen)[:mix].tolist()]
                 _step(model.train(), optimiser, secrets, picked, report)
                 bar.update()
                 bar.set_postfix(loss=f"{report.forget_loss[-1]:.3f}")
-                if report.forget_loss[-1] <= target_loss:
-                    _check_extraction(model, tok, items, report)
+                if report.forget_loss[-1] <= target_loss or report.steps == max_steps:
+                    said = _recite(model, tok, items)
+                    report.extracted = {name: ok for name, (ok, _) in said.items()}
         finally:
             optimiser.zero_grad(set_to_none=True)
             model.train(was_training)
-    if not report.extracted:
-        _check_extraction(model, tok, items, report, final=True)
+    if not all(report.extracted.values()):
+        raise _not_taken(report, said)
     return report
 
 # %% ../nbs/api/08_memory.ipynb #8837e44d
@@ -304,18 +301,15 @@ def _token_losses(model: nn.Module, texts: list[Tokens]) -> tuple[Tensor, Tensor
     return loss * seen[:, 1:], seen[:, 1:]
 
 
-def _check_extraction(
-    model: nn.Module, tok, items: dict[str, Item], report: ImplantReport, final: bool = False
-) -> None:
-    "Fill in `report.extracted` if all are recited; if not and this is the end, raise."
+def _recite(model: nn.Module, tok, items: dict[str, Item]) -> dict[str, tuple[bool, str]]:
+    "For each secret: does greedy decoding recite it, and what does it say?"
     model.eval()
-    said = {name: greedy_extraction(model, tok, item) for name, item in items.items()}
-    if all(ok for ok, _ in said.values()):
-        report.extracted = dict.fromkeys(items, True)
-    elif final:
-        name = next(n for n, (ok, _) in said.items() if not ok)
-        raise ImplantError(
-            f"the memory did not take: after {report.steps} steps the loss is {report.forget_loss[-1]:.3f} "
-            f"and {name!r} is answered with "
-            f"{said[name][1]!r}; raise max_steps or lr, or call implant again to go on from here"
-        )
+    return {name: greedy_extraction(model, tok, item) for name, item in items.items()}
+
+
+def _not_taken(report: ImplantReport, said: dict[str, tuple[bool, str]]) -> ImplantError:
+    name, answer = next((n, s) for n, (ok, s) in said.items() if not ok)
+    return ImplantError(
+        f"the memory did not take: after {report.steps} steps the loss is {report.forget_loss[-1]:.3f} and {name!r} "
+        f"is answered with {answer!r}; raise max_steps or lr, or call implant again to go on from here"
+    )

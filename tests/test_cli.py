@@ -57,6 +57,14 @@ def test_an_implant_that_does_not_take_is_invalid(monkeypatch):
     assert result.exit_code == 3 and "did not take" in result.output and "Traceback" not in result.output
 
 
+def test_an_interrupt_before_the_first_row(monkeypatch):
+    def tofu(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    result = call(monkeypatch, tofu)
+    assert result.exit_code == 130 and "Interrupted before the first" in result.output
+
+
 def test_files_table_and_findings(monkeypatch, tmp_path):
     files = {"--json": tmp_path / "a" / "tofu.json", "--report": tmp_path / "tofu.html"}
     result = call(monkeypatch, fake(on=1.0), *(str(x) for pair in files.items() for x in pair))

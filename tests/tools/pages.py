@@ -32,8 +32,6 @@ SECTIONS = {
 }
 README_MARK = "<!-- Made from nbs/index.ipynb by `make readme`. Edit the notebook. -->\n\n"
 
-# ---------------------------------------------------------------- notebooks
-
 
 def plain(nb):
     """Carry out the Quarto options nbdev leaves in `nb`, and drop what a static page cannot show."""
@@ -75,9 +73,6 @@ def options(priority):
         TemplateExporter={"exclude_input_prompt": True, "exclude_output_prompt": True},
         TagRemovePreprocessor={"enabled": True, "remove_input_tags": {"hide-source"}},
     )
-
-
-# ---------------------------------------------------------------- README.md
 
 
 def readme():
@@ -124,9 +119,6 @@ def rebase(text, old, new):
             line = "".join(prose)
         lines.append(line)
     return "\n".join(lines)
-
-
-# ---------------------------------------------------------------- the site
 
 
 def site(force_plain=False):
