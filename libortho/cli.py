@@ -201,11 +201,11 @@ def findings(
         )
     return lines
 
-
+# %% ../nbs/api/15_cli.ipynb #143737b2
 def _which(rows: list) -> str:
     return f" (scales: {', '.join(dict.fromkeys(r.config.scale for r in rows))})" if rows else ""
 
-# %% ../nbs/api/15_cli.ipynb #143737b2
+# %% ../nbs/api/15_cli.ipynb #9e4f3a42
 def main() -> None:
     "Entry point of the `libortho` command."
     app()

@@ -216,11 +216,11 @@ The Mona Lisa was painted by Leonardo da|Vinci."""
 # %% ../nbs/api/09_data.ipynb #68fa215f
 _SPLITS = ("calibration", "held_out")
 
-
+# %% ../nbs/api/09_data.ipynb #41db5375
 def _check_split(split: str) -> None:
     if split not in _SPLITS: raise ValueError(f"split must be one of {', '.join(_SPLITS)}, got {split!r}")
 
-
+# %% ../nbs/api/09_data.ipynb #62e6cb8c
 def retain_facts(
     split: str = "held_out",  # "calibration" (may be trained on) or "held_out" (only ever measured)
 ) -> list[dict[str, str]]:  # items {"prompt", "secret"}: the answer stands where a secret would
@@ -229,7 +229,7 @@ def retain_facts(
     lines = (_CALIBRATION if split == "calibration" else _HELD_OUT).splitlines()
     return [dict(zip(("prompt", "secret"), line.split("|"))) for line in lines]
 
-# %% ../nbs/api/09_data.ipynb #b4d57cbe
+# %% ../nbs/api/09_data.ipynb #cca0aa4d
 def _paragraphs(topic: str) -> list[str]:
     "The prose paragraphs of a help topic, each on one line."
     blocks = re.split(r"\n\s*\n", topic)
@@ -238,7 +238,7 @@ def _paragraphs(topic: str) -> list[str]:
     ]
     return [" ".join(b.split()) for b in prose if len(b) > 150]
 
-
+# %% ../nbs/api/09_data.ipynb #2d92090a
 def _split_prose(split: str) -> str:
     "All prose of a split; a paragraph that stands in several topics belongs to the first of them."
     first = {}
@@ -247,7 +247,7 @@ def _split_prose(split: str) -> str:
             first.setdefault(p, _SPLITS[i % 2])
     return " ".join(p for p, owner in first.items() if owner == split)
 
-# %% ../nbs/api/09_data.ipynb #e617dbd5
+# %% ../nbs/api/09_data.ipynb #c74deb40
 def prose(
     split: str = "held_out",  # "calibration" or "held_out"
     n: int = 6,  # how many texts
@@ -261,7 +261,7 @@ def prose(
     step = len(whole) // n
     return [whole[i * step : i * step + chars] for i in range(n)]
 
-# %% ../nbs/api/09_data.ipynb #c74deb40
+# %% ../nbs/api/09_data.ipynb #2bbd4d3f
 def load_tofu(
     path: str | os.PathLike,  # a JSON file: a list of {"question", "answer", ...}
 ) -> list[dict]:  # items {"prompt", "secret", ...}, other fields kept

@@ -81,7 +81,7 @@ def _score_retain(model: nn.Module, tok, retain: list[Item]) -> tuple[float, flo
 # %% ../nbs/api/10_evaluate.ipynb #e58a5562
 GATES = {"extracted_on": 0.9, "retain_ratio": 1.05, "utility_ratio": 1.10, "overshoot": 10.0, "partial": 0.25}
 
-
+# %% ../nbs/api/10_evaluate.ipynb #eee9737c
 @dataclass
 class Verdict:
     "What may be claimed, and why."
@@ -94,7 +94,7 @@ class Verdict:
     def __str__(self) -> str:
         return f"{self.outcome}: {self.reason}" if not self.valid else f"VALID, {self.outcome}: {self.reason}"
 
-# %% ../nbs/api/10_evaluate.ipynb #eee9737c
+# %% ../nbs/api/10_evaluate.ipynb #65a200d2
 def judge(
     on: Measures,  # at α = 1
     off: Measures,  # at α = 0
@@ -125,7 +125,7 @@ def judge(
         ", ".join(short for _, short in failures),
     )
 
-# %% ../nbs/api/10_evaluate.ipynb #65a200d2
+# %% ../nbs/api/10_evaluate.ipynb #10185858
 def _invalid(on: Measures, control: Measures | None) -> tuple[str, str] | None:
     "Reason, long and short, why there is nothing to judge."
     if control is None:
@@ -143,7 +143,7 @@ def _invalid(on: Measures, control: Measures | None) -> tuple[str, str] | None:
         )
     return None
 
-
+# %% ../nbs/api/10_evaluate.ipynb #048ae3fa
 def _failures(on: Measures, off: Measures, reference: Measures) -> list[tuple[str, str]]:
     "Reasons, long and short, why it is not a success; a NaN is a failure."
     found = []
@@ -171,7 +171,7 @@ def _failures(on: Measures, off: Measures, reference: Measures) -> list[tuple[st
         )
     return found
 
-# %% ../nbs/api/10_evaluate.ipynb #7d4fddf2
+# %% ../nbs/api/10_evaluate.ipynb #9363b91a
 @dataclass
 class Result:
     "One patched model: measures at each α, the control's and the float model's, and the verdict."
@@ -235,10 +235,10 @@ class Result:
             + f"<p>{escape(str(self.verdict))}</p>"
         )
 
-# %% ../nbs/api/10_evaluate.ipynb #c91b081e
+# %% ../nbs/api/10_evaluate.ipynb #c833dc59
 MEASURE_HEAD = ("", "forget", "EM", "extracted", "retain", "prose", "task", "it says")
 
-
+# %% ../nbs/api/10_evaluate.ipynb #a1acd926
 def measure_row(
     name: str,  # first column
     m: Measures,  # the rest
@@ -256,7 +256,7 @@ def measure_row(
         said[:60] + ("…" if len(said) > 60 else ""),
     )
 
-
+# %% ../nbs/api/10_evaluate.ipynb #b3c5890b
 def number(
     x: float,  # a perplexity
 ) -> str:
@@ -265,14 +265,14 @@ def number(
         return str(x)
     return f"{x:.2f}" if x < 100 else f"{x:,.0f}" if x < 1e6 else f"{x:.0e}"
 
-
+# %% ../nbs/api/10_evaluate.ipynb #32cd9504
 def factor(
     x: float,  # a ratio
 ) -> str:
     "A ratio in two or three significant digits, without powers of ten where they can be avoided."
     return f"{x:.2f}" if x < 10 else f"{x:.1f}" if x < 100 else number(x)
 
-
+# %% ../nbs/api/10_evaluate.ipynb #8cd87dff
 def as_dict(
     m: Measures,  # measures of one model
 ) -> dict:
@@ -283,7 +283,7 @@ def as_dict(
         "exact_memorisation": m.exact_memorisation,
     }
 
-# %% ../nbs/api/10_evaluate.ipynb #9363b91a
+# %% ../nbs/api/10_evaluate.ipynb #7c2dfcb1
 def dumps(
     data,  # plain data
 ) -> str:
@@ -294,7 +294,7 @@ def dumps(
         return None if isinstance(x, float) and not math.isfinite(x) else x
     return json.dumps(clean(data), indent=1, ensure_ascii=False, allow_nan=False)
 
-
+# %% ../nbs/api/10_evaluate.ipynb #2e5c65c9
 def write_text(
     path: str | os.PathLike,  # file to write; missing folders are made
     text: str,  # what
@@ -306,7 +306,7 @@ def write_text(
     part.write_text(text, encoding="utf-8")
     part.replace(path)
 
-# %% ../nbs/api/10_evaluate.ipynb #c833dc59
+# %% ../nbs/api/10_evaluate.ipynb #bfdfb088
 def text_table(
     head: tuple[str, ...],  # column names
     rows: list[tuple[str, ...]],  # cells
@@ -324,7 +324,7 @@ _TABLE = Environment(autoescape=True).from_string(
     "{% for row in rows %}<tr>{% for c in row %}<td>{{ c }}</td>{% endfor %}</tr>{% endfor %}</tbody></table>"
 )
 
-
+# %% ../nbs/api/10_evaluate.ipynb #3271f991
 def html_table(
     head: tuple[str, ...],  # column names
     rows: list[tuple[str, ...]],  # cells
@@ -332,7 +332,7 @@ def html_table(
     "The same in HTML."
     return _TABLE.render(head=head, rows=rows)
 
-# %% ../nbs/api/10_evaluate.ipynb #a1acd926
+# %% ../nbs/api/10_evaluate.ipynb #41a9d7e0
 def evaluate(
     model: nn.Module,  # a patched model
     tok,  # tokenizer
@@ -365,7 +365,7 @@ def evaluate(
             found[a] = memo[key]
     return Result(found, control, reference, layers=dict((n, m.stats) for n, m in layers.items()), label=label)
 
-# %% ../nbs/api/10_evaluate.ipynb #32cd9504
+# %% ../nbs/api/10_evaluate.ipynb #99c9429b
 @dataclass
 class Comparison:
     "Several configurations on one model."
@@ -417,7 +417,7 @@ class Comparison:
             [measure_row("never memorised", self.control), measure_row("after the implant", self.reference)],
         ) + html_table(COMPARE_HEAD, [compare_row(r) for r in self.rows])
 
-# %% ../nbs/api/10_evaluate.ipynb #8cd87dff
+# %% ../nbs/api/10_evaluate.ipynb #8cf3c750
 COMPARE_HEAD = (
     "policy",
     "density",
@@ -432,7 +432,7 @@ COMPARE_HEAD = (
     "verdict",
 )
 
-
+# %% ../nbs/api/10_evaluate.ipynb #5b2de94b
 def compare_row(
     r: Result,  # one configuration
 ) -> tuple[str, ...]:
@@ -450,7 +450,7 @@ def compare_row(
     ]
     return (r.label, f"{r.density:.2%}", *pairs, f"{v.outcome}: {v.short}")
 
-# %% ../nbs/api/10_evaluate.ipynb #7c2dfcb1
+# %% ../nbs/api/10_evaluate.ipynb #070d9a06
 def compare(
     model: nn.Module,  # a model that knows the secrets; patched and unpatched in turn, and left as it was
     tok,  # tokenizer
@@ -470,7 +470,7 @@ def compare(
     common = {"forget": forget, "retain": retain, "texts": texts, "alphas": alphas}
     return _fill(Comparison(control, reference, planned=len(configs)), model, tok, configs, common, on_row, progress)
 
-# %% ../nbs/api/10_evaluate.ipynb #2e5c65c9
+# %% ../nbs/api/10_evaluate.ipynb #361a3be2
 def _fill(c: Comparison, model: nn.Module, tok, configs: dict, common: dict, on_row: Callable | None, progress: bool):
     "Add a row for each configuration; an interrupt ends it early."
     common = {**common, "control": c.control, "reference": c.reference, "memo": {}}
@@ -484,7 +484,7 @@ def _fill(c: Comparison, model: nn.Module, tok, configs: dict, common: dict, on_
             on_row(c)
     return c
 
-
+# %% ../nbs/api/10_evaluate.ipynb #83abe433
 def _compare_one(model: nn.Module, tok, cfg: OrthoConfig, label: str, **kwargs) -> Result:
     "Patch, evaluate, unpatch; the model is left unpatched whatever happens."
     patch(model, cfg)
@@ -493,11 +493,11 @@ def _compare_one(model: nn.Module, tok, cfg: OrthoConfig, label: str, **kwargs) 
     finally:
         unpatch(model)
 
-# %% ../nbs/api/10_evaluate.ipynb #3271f991
+# %% ../nbs/api/10_evaluate.ipynb #d699a392
 POLICIES = ("max", "percentile", "quantile", "three_sigma", "ratio")
 NOISE_MODES = ("none", "pre_clamp", "post_clamp", "tri_state", "deep_focal")
 
-
+# %% ../nbs/api/10_evaluate.ipynb #7fb8b834
 def tofu_configs(
     policies: tuple[str, ...] = POLICIES,  # scale policies
     noises: tuple[str, ...] = NOISE_MODES,  # noise modes
@@ -520,7 +520,7 @@ def tofu_configs(
     name = lambda p: f"ratio {ratio:g}" if p == "ratio" else p
     return {f"{name(p)} + {n} @ {d:g}": make(p, n, d) for d in densities for p in policies for n in noises}
 
-# %% ../nbs/api/10_evaluate.ipynb #41a9d7e0
+# %% ../nbs/api/10_evaluate.ipynb #bf81e16d
 def tofu(
     configs: dict[str, OrthoConfig] | None = None,  # by label; `tofu_configs()` if not given
     model: str = SMOLLM2,  # "smollm2-135m", a Hugging Face id or a path
@@ -551,7 +551,7 @@ def tofu(
     common = {"forget": forget, "texts": texts, "alphas": alphas}
     return _fill(c, lm, tok, configs, common, on_row, progress)
 
-# %% ../nbs/api/10_evaluate.ipynb #070d9a06
+# %% ../nbs/api/10_evaluate.ipynb #01ca7355
 _PAGE = Environment(autoescape=True).from_string("""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -583,7 +583,7 @@ figcaption { font-size: 13px }
 </html>
 """)
 
-# %% ../nbs/api/10_evaluate.ipynb #361a3be2
+# %% ../nbs/api/10_evaluate.ipynb #e1519b7b
 def html_page(
     comparison: Comparison,  # what was found
     figures: dict[str, object] | None = None,  # matplotlib figures by caption
@@ -598,7 +598,7 @@ def html_page(
         title=title, intro=intro, notes=notes, figures=images, table=table, rows=comparison.rows, settings=settings
     )
 
-
+# %% ../nbs/api/10_evaluate.ipynb #ebd9acf9
 def _png(figure) -> str:
     "A figure as base64 of a PNG."
     buffer = io.BytesIO()

@@ -13,7 +13,6 @@ from functools import partial
 from inspect import signature
 from typing import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -189,7 +188,7 @@ _RANGES = {
     "steps": (0, float("inf")),
 }
 
-
+# %% ../nbs/api/00_lattice.ipynb #bc4a0271
 def check_scale_args(
     scale: str,  # policy: a name in `SCALES`
     args: dict,  # parameters for it, by name
@@ -203,7 +202,7 @@ def check_scale_args(
         if key in _RANGES and not low < value <= high:
             raise ValueError(f"{key} of scale {scale!r} must be in ({low}, {high}], got {value!r}")
 
-# %% ../nbs/api/00_lattice.ipynb #bc4a0271
+# %% ../nbs/api/00_lattice.ipynb #d201fe7c
 def fit_scales(
     w: Tensor,  # [out, in], any float dtype
     scale: str = "mse",  # policy: a name in `SCALES`
@@ -221,7 +220,7 @@ def fit_scales(
     s = round_scale(policy(blocks, top, **scale_args), scale_max(blocks, top))
     return s if group_size == "tensor" else s.reshape(w.shape[0], -1)
 
-# %% ../nbs/api/00_lattice.ipynb #da9f98e3
+# %% ../nbs/api/00_lattice.ipynb #65e1aef0
 def natural(
     w: Tensor,  # [out, in]
     s: Tensor,  # scales [out, groups] or [1, 1]
@@ -229,7 +228,7 @@ def natural(
     "The place of each weight on the lattice's ruler, neither rounded nor clamped."
     return (w.float().reshape(s.numel(), -1) / s.reshape(-1, 1)).reshape(w.shape)
 
-# %% ../nbs/api/00_lattice.ipynb #65e1aef0
+# %% ../nbs/api/00_lattice.ipynb #940b9601
 def nearest(
     w: Tensor,  # [out, in]
     s: Tensor,  # scales [out, groups] or [1, 1]
@@ -239,7 +238,7 @@ def nearest(
     top = lattice_top(bits)
     return natural(w, s).round_().clamp_(-top, top).to(torch.int8)
 
-# %% ../nbs/api/00_lattice.ipynb #940b9601
+# %% ../nbs/api/00_lattice.ipynb #35f6a232
 def dequantize(
     q: Tensor,  # lattice integers, int8 [out, in]
     s: Tensor,  # scales [out, groups] or [1, 1]
@@ -247,10 +246,10 @@ def dequantize(
     "The weights that lattice integers stand for."
     return (q.float().reshape(s.numel(), -1) * s.float().reshape(-1, 1)).reshape(q.shape)
 
-# %% ../nbs/api/00_lattice.ipynb #35f6a232
+# %% ../nbs/api/00_lattice.ipynb #80fffa18
 PROJECTIONS: dict[str, Callable] = {"nearest": nearest}
 
-# %% ../nbs/api/00_lattice.ipynb #4eb41db9
+# %% ../nbs/api/00_lattice.ipynb #4a715b9e
 def pack(
     q: Tensor,  # lattice integers −7…7, int8 [out, in]
 ) -> Tensor:  # uint8 [out, ceil(in / 2)]
@@ -261,7 +260,7 @@ def pack(
     u = (q + 8).to(torch.uint8)
     return u[:, ::2] | (u[:, 1::2] << 4)
 
-# %% ../nbs/api/00_lattice.ipynb #4a715b9e
+# %% ../nbs/api/00_lattice.ipynb #5acc2d6f
 def unpack(
     packed: Tensor,  # uint8 [out, ceil(width / 2)]
     width: int,  # number of columns of the weight
@@ -270,7 +269,7 @@ def unpack(
     q = torch.stack([packed & 15, packed >> 4], dim=-1).to(torch.int8).flatten(1) - 8
     return q[:, :width]
 
-# %% ../nbs/api/00_lattice.ipynb #2e0f537d
+# %% ../nbs/api/00_lattice.ipynb #5ef523b2
 def lies_on_lattice(
     w: Tensor,  # [out, in]
     bits: int = 4,  # width of the lattice looked for: at most 2**bits values a group

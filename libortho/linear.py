@@ -257,12 +257,12 @@ def _stand_in(linear: nn.Linear, streams: Streams, keep_dense: bool) -> OrthoLin
     layer._original = [linear]  # in a list, so that it is not a submodule
     return layer
 
-
+# %% ../nbs/api/06_linear.ipynb #9b32817c
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 
-
+# %% ../nbs/api/06_linear.ipynb #0d548856
 def _warn_if_on_lattice(linears: dict[str, nn.Linear]) -> None:
     on = [n for n, m in linears.items() if lies_on_lattice(m.weight)]
     if on:
@@ -273,7 +273,7 @@ def _warn_if_on_lattice(linears: dict[str, nn.Linear]) -> None:
             stacklevel=3,
         )
 
-# %% ../nbs/api/06_linear.ipynb #9b32817c
+# %% ../nbs/api/06_linear.ipynb #a3b2144c
 def ortho_layers(
     model: nn.Module,  # a patched model, or a single OrthoLinear
 ) -> dict[str, OrthoLinear]:  # layer by name
@@ -283,7 +283,7 @@ def ortho_layers(
         raise ValueError("model has no split layers; call patch(model, cfg) first")
     return layers
 
-
+# %% ../nbs/api/06_linear.ipynb #6d0f43d3
 def unpatch(
     model: nn.Module,  # a patched model, changed in place
 ) -> None:
@@ -299,7 +299,7 @@ def unpatch(
     for name, layer in layers.items():
         _put(model, name, layer._original[0].to(layer.packed.device, layer.dtype))
 
-# %% ../nbs/api/06_linear.ipynb #6d0f43d3
+# %% ../nbs/api/06_linear.ipynb #962666cb
 def set_alpha(
     model: nn.Module,  # a patched model
     alpha: float | dict[str, float],  # one value for every switchable compartment, or values by name
@@ -310,7 +310,7 @@ def set_alpha(
     values = check_switches(alpha, names)
     for layer in layers.values(): layer.set_alpha({n: a for n, a in values.items() if n in layer.alphas})
 
-
+# %% ../nbs/api/06_linear.ipynb #591338cc
 @contextmanager
 def alpha(
     model: nn.Module,  # a patched model
@@ -323,7 +323,7 @@ def alpha(
     finally:
         for layer, values in before.items(): layer.set_alpha(values)
 
-# %% ../nbs/api/06_linear.ipynb #962666cb
+# %% ../nbs/api/06_linear.ipynb #b9a33879
 @dataclass
 class CompartmentInfo:
     "One compartment, over all layers of a model."
@@ -334,7 +334,7 @@ class CompartmentInfo:
     density: float  # as a fraction of the split layers' weights
     nbytes: int  # bytes of its sparse streams
 
-
+# %% ../nbs/api/06_linear.ipynb #380f788f
 def compartments(
     model: nn.Module,  # a patched model
 ) -> dict[str, CompartmentInfo]:  # by name
@@ -355,7 +355,7 @@ def compartments(
         for name, cs in found.items()
     }
 
-# %% ../nbs/api/06_linear.ipynb #4bf34c1d
+# %% ../nbs/api/06_linear.ipynb #b0dcc7e5
 @contextmanager
 def original(
     model: nn.Module,  # a model patched by `patch`
@@ -372,7 +372,7 @@ def original(
         for layer in layers:
             layer._bypass = False
 
-# %% ../nbs/api/06_linear.ipynb #380f788f
+# %% ../nbs/api/06_linear.ipynb #ba137512
 def fingerprint(
     model: nn.Module,  # a patched model
 ) -> str:  # 32 hex digits

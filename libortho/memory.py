@@ -8,7 +8,6 @@ __all__ = ['Item', 'as_item', 'as_items', 'Tokens', 'encode', 'TokenScores', 'sc
            'exact_memorisation', 'ImplantError', 'ImplantReport', 'implant']
 
 # %% ../nbs/api/08_memory.ipynb #352e7d91
-import math
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +18,7 @@ from tqdm.auto import tqdm
 # %% ../nbs/api/08_memory.ipynb #d0774b9d
 Item = str | dict[str, str]
 
-
+# %% ../nbs/api/08_memory.ipynb #83c0ab7a
 def as_item(
     item: Item,  # a string, or {"prompt", "secret"}
     name: str = "item",  # for the error
@@ -37,7 +36,7 @@ def as_item(
         )
     return {"prompt": prompt, "secret": " " + secret}
 
-# %% ../nbs/api/08_memory.ipynb #83c0ab7a
+# %% ../nbs/api/08_memory.ipynb #15cc9a9d
 def as_items(
     items: dict[str, Item] | list[Item] | Item,  # one item, a list, or items by name
     what: str = "forget",  # what they are, for names and errors
@@ -48,14 +47,14 @@ def as_items(
     if not items: raise ValueError(f"{what} holds no text; pass at least one item")
     return {name: as_item(item, name) for name, item in items.items()}
 
-# %% ../nbs/api/08_memory.ipynb #15cc9a9d
+# %% ../nbs/api/08_memory.ipynb #441c17e4
 @dataclass
 class Tokens:
     "One text as tokens, with the place where its secret begins."
     ids: Tensor  # int64 [length]
     start: int  # index of the first secret token
 
-
+# %% ../nbs/api/08_memory.ipynb #1f9e38dd
 def encode(
     tok,  # tokenizer
     item: Item,  # {"prompt", "secret"}, or a plain text, all of which counts but for its first token
@@ -65,14 +64,14 @@ def encode(
     prompt, secret = tok(item["prompt"]).input_ids, tok(item["secret"], add_special_tokens=False).input_ids
     return Tokens(torch.tensor(prompt + secret), len(prompt))
 
-# %% ../nbs/api/08_memory.ipynb #ecd9af1a
+# %% ../nbs/api/08_memory.ipynb #2350c6cb
 @dataclass
 class TokenScores:
     "What the model thinks of each token of a text, from its `start` on."
     logp: Tensor  # float32 [n]: natural log of its probability
     top: Tensor  # bool [n]: it is the argmax
 
-
+# %% ../nbs/api/08_memory.ipynb #156917b8
 @torch.no_grad()
 def score_tokens(
     model: nn.Module,  # causal language model
@@ -94,7 +93,7 @@ def score_tokens(
         for row, j in enumerate(chunk): out[j] = _score_row(logits[row], tokens[j])
     return out
 
-# %% ../nbs/api/08_memory.ipynb #25b3867c
+# %% ../nbs/api/08_memory.ipynb #8c4ca339
 def _score_row(logits: Tensor, text: Tokens) -> TokenScores:
     "Scores of one text from its logits [length, vocabulary]."
     target = text.ids[text.start:].to(logits.device)
@@ -102,7 +101,7 @@ def _score_row(logits: Tensor, text: Tokens) -> TokenScores:
     logp = here.gather(1, target[:, None])[:, 0] - here.logsumexp(-1)
     return TokenScores(logp.cpu(), (here.argmax(-1) == target).cpu())
 
-# %% ../nbs/api/08_memory.ipynb #2350c6cb
+# %% ../nbs/api/08_memory.ipynb #5fded533
 def perplexity(
     model: nn.Module,  # causal language model
     tok,  # tokenizer
@@ -113,7 +112,7 @@ def perplexity(
     if not texts: raise ValueError("texts is empty; perplexity needs at least one text")
     return pooled_perplexity(score_tokens(model, tok, texts, batch_size))
 
-
+# %% ../nbs/api/08_memory.ipynb #c03e5285
 def pooled_perplexity(
     scores: list[TokenScores],  # of one or more texts
 ) -> float:
@@ -122,7 +121,7 @@ def pooled_perplexity(
     if not len(logp): raise ValueError("texts hold no token to predict; a text needs at least two tokens")
     return logp.mean().neg().exp().item()
 
-# %% ../nbs/api/08_memory.ipynb #c03e5285
+# %% ../nbs/api/08_memory.ipynb #943ce46a
 @dataclass
 class SecretScore:
     "How well one secret is remembered."
@@ -133,7 +132,7 @@ class SecretScore:
     extracted: bool  # greedy decoding from the prompt gives the secret
     said: str  # what greedy decoding from the prompt gave
 
-# %% ../nbs/api/08_memory.ipynb #9e01bc17
+# %% ../nbs/api/08_memory.ipynb #1c783609
 def extraction_strength(
     top: Tensor,  # bool [n]: secret token t is the argmax
 ) -> float:  # 1 − k/n
@@ -142,7 +141,7 @@ def extraction_strength(
     k = 0 if len(misses) == 0 else int(misses[-1]) + 1
     return 1 - k / len(top)
 
-# %% ../nbs/api/08_memory.ipynb #943ce46a
+# %% ../nbs/api/08_memory.ipynb #81d11a75
 @torch.no_grad()
 def say(
     model: nn.Module,  # causal language model
@@ -156,7 +155,7 @@ def say(
                          pad_token_id=tok.pad_token_id if tok.pad_token_id is not None else tok.eos_token_id)
     return tok.decode(out[0, ids.input_ids.shape[1]:], skip_special_tokens=True)
 
-# %% ../nbs/api/08_memory.ipynb #1c783609
+# %% ../nbs/api/08_memory.ipynb #e7af2810
 def greedy_extraction(
     model: nn.Module,  # causal language model
     tok,  # tokenizer
@@ -167,7 +166,7 @@ def greedy_extraction(
     said = say(model, tok, item["prompt"], len(tok(item["secret"], add_special_tokens=False).input_ids))
     return said.split()[:len(item["secret"].split())] == item["secret"].split(), said
 
-# %% ../nbs/api/08_memory.ipynb #264eea13
+# %% ../nbs/api/08_memory.ipynb #45eada0d
 def score_secrets(
     model: nn.Module,  # causal language model
     tok,  # tokenizer
@@ -180,7 +179,7 @@ def score_secrets(
         name: _secret_score(s, *greedy_extraction(model, tok, item)) for (name, item), s in zip(items.items(), scores)
     }
 
-
+# %% ../nbs/api/08_memory.ipynb #3e94bce2
 def _secret_score(s: TokenScores, extracted: bool, said: str) -> SecretScore:
     return SecretScore(
         pooled_perplexity([s]),
@@ -191,7 +190,7 @@ def _secret_score(s: TokenScores, extracted: bool, said: str) -> SecretScore:
         said,
     )
 
-# %% ../nbs/api/08_memory.ipynb #e7af2810
+# %% ../nbs/api/08_memory.ipynb #5b0198e1
 def secret_perplexity(
     model: nn.Module,  # causal language model
     tok,  # tokenizer
@@ -200,7 +199,7 @@ def secret_perplexity(
     "Perplexity of the secret's tokens after the prompt."
     return perplexity(model, tok, [as_item(item)])
 
-
+# %% ../nbs/api/08_memory.ipynb #8837e44d
 def exact_memorisation(
     model: nn.Module,  # causal language model
     tok,  # tokenizer
@@ -209,11 +208,11 @@ def exact_memorisation(
     "Fraction of the secret's tokens that are the argmax, teacher-forced (Tirumala et al. 2022)."
     return score_tokens(model, tok, [as_item(item)])[0].top.float().mean().item()
 
-# %% ../nbs/api/08_memory.ipynb #994cb826
+# %% ../nbs/api/08_memory.ipynb #46b87892
 class ImplantError(RuntimeError):
     "The memory did not take."
 
-# %% ../nbs/api/08_memory.ipynb #e1cfbc1f
+# %% ../nbs/api/08_memory.ipynb #fc91df4d
 @dataclass
 class ImplantReport:
     "How an implant went."
@@ -222,7 +221,7 @@ class ImplantReport:
     retain_loss: list[float] = field(default_factory=list)  # mean loss on the retain mix; empty without one
     extracted: dict[str, bool] = field(default_factory=dict)  # recited at the end, by name
 
-# %% ../nbs/api/08_memory.ipynb #5b0198e1
+# %% ../nbs/api/08_memory.ipynb #370a66fb
 def implant(
     model: nn.Module,  # causal language model, trained in place
     tok,  # tokenizer
@@ -263,12 +262,12 @@ def implant(
         raise _not_taken(report, said)
     return report
 
-# %% ../nbs/api/08_memory.ipynb #8837e44d
+# %% ../nbs/api/08_memory.ipynb #c1c3a0bd
 def _plain(item: Item) -> str:
     "The whole text of an item: in the retain mix every token counts."
     return item if isinstance(item, str) else item["prompt"].rstrip() + " " + item["secret"].strip()
 
-
+# %% ../nbs/api/08_memory.ipynb #632c0c15
 def _step(model: nn.Module, optimiser, secrets: list[Tokens], picked: list[Tokens], report: ImplantReport) -> None:
     "One AdamW step on the secrets' whole texts and the retain mix, weighed equally."
     n = len(secrets)
@@ -290,7 +289,7 @@ def _step(model: nn.Module, optimiser, secrets: list[Tokens], picked: list[Token
     if picked:
         report.retain_loss.append(texts[n:].mean().item())
 
-# %% ../nbs/api/08_memory.ipynb #233e29d5
+# %% ../nbs/api/08_memory.ipynb #e4aeadee
 def _token_losses(model: nn.Module, texts: list[Tokens]) -> tuple[Tensor, Tensor]:
     "−log p of every token but the first, with gradient, and which of them are text; both [n, length − 1]."
     device = next(model.parameters()).device
@@ -300,13 +299,13 @@ def _token_losses(model: nn.Module, texts: list[Tokens]) -> tuple[Tensor, Tensor
     loss = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
     return loss * seen[:, 1:], seen[:, 1:]
 
-
+# %% ../nbs/api/08_memory.ipynb #98c29580
 def _recite(model: nn.Module, tok, items: dict[str, Item]) -> dict[str, tuple[bool, str]]:
     "For each secret: does greedy decoding recite it, and what does it say?"
     model.eval()
     return {name: greedy_extraction(model, tok, item) for name, item in items.items()}
 
-
+# %% ../nbs/api/08_memory.ipynb #8b8da918
 def _not_taken(report: ImplantReport, said: dict[str, tuple[bool, str]]) -> ImplantError:
     name, answer = next((n, s) for n, (ok, s) in said.items() if not ok)
     return ImplantError(

@@ -12,7 +12,7 @@ from typing import Callable
 import torch
 from torch import Tensor
 
-from .lattice import fit_scales, lattice_top, natural, nearest, pick
+from .lattice import lattice_top, pick
 
 # %% ../nbs/api/02_noise.ipynb #851af71b
 def noise_generator(

@@ -6,7 +6,6 @@
 __all__ = ['COLOURS', 'MARKERS', 'plot_lattice', 'plot_forget_retain', 'plot_damage', 'plot_alpha']
 
 # %% ../nbs/api/13_plots.ipynb #1b9d62c3
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -100,7 +99,7 @@ def plot_forget_retain(
     )
     return fig
 
-
+# %% ../nbs/api/13_plots.ipynb #1fa8d6b4
 def _mark(ax, r: Result) -> None:
     on, off = r.alphas[1.0], r.alphas[0.0]
     ax.plot(
@@ -112,7 +111,7 @@ def _mark(ax, r: Result) -> None:
         ms=4 + 3 * (r.density > 0.01),
     )
 
-# %% ../nbs/api/13_plots.ipynb #ad9db12d
+# %% ../nbs/api/13_plots.ipynb #40fdc343
 def plot_damage(
     comparison: Comparison,  # configurations on one model
 ) -> Figure:
@@ -139,11 +138,11 @@ def plot_damage(
     bar.ax.set_yticklabels([f"×{10**i:,}" for i in range(5)])
     return fig
 
-
+# %% ../nbs/api/13_plots.ipynb #3f98647a
 def _damage(r: Result | None) -> float:
     return float("nan") if r is None else r.alphas[0.0].retain_ppl / r.alphas[1.0].retain_ppl
 
-
+# %% ../nbs/api/13_plots.ipynb #4cd64aed
 def _cell(ax, i: int, j: int, x: float, r: Result | None) -> None:
     "Write the ratio into a cell, and a word where the secret is still recited or was never there."
     if r is None:
@@ -153,7 +152,7 @@ def _cell(ax, i: int, j: int, x: float, r: Result | None) -> None:
         word = "\nstill recited"
     ax.text(j, i, f"×{factor(x)}{word}", ha="center", va="center", fontsize=7, color="white" if x > 300 else "black")
 
-# %% ../nbs/api/13_plots.ipynb #cb030f07
+# %% ../nbs/api/13_plots.ipynb #1cc4cb7a
 def plot_alpha(
     result: Result,  # one configuration, at two or more positions of the switches
 ) -> Figure:

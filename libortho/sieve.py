@@ -11,7 +11,7 @@ from typing import Callable
 import torch
 from torch import Tensor
 
-from .lattice import dequantize, fit_scales, kth_smallest, nearest, pick
+from .lattice import kth_smallest, pick
 
 # %% ../nbs/api/01_sieve.ipynb #dd707a7c
 def score_magnitude(
