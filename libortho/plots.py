@@ -78,7 +78,7 @@ def plot_forget_retain(
         fontsize=8,
     )
     ax.annotate(
-        "success",
+        "wanted",
         (control, ax.get_ylim()[0]),
         xytext=(6, 5),
         textcoords="offset points",
