@@ -53,7 +53,7 @@ readme: $(READY) ## write README.md from nbs/index.ipynb
 	@$(BIN)/python tests/tools/pages.py readme
 
 clean: ## remove what was built (not .venv)
-	rm -rf _docs _proc build dist reports tests/.pytest_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf _docs _proc build dist reports nbs/experiments/reports tests/.pytest_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find . -name .venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -exec rm -rf {} +
 
 # A stamp that is only older than its sources means an update; without a good stamp .venv is made anew.

@@ -6,6 +6,7 @@
 __all__ = ['Policy', 'Noise', 'app', 'tofu', 'findings', 'main']
 
 # %% ../nbs/api/15_cli.ipynb #34ba91b6
+import os
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -53,9 +54,14 @@ def tofu(
     model: Annotated[str, typer.Option(help="smollm2-135m (offline), a Hugging Face id or a path.")] = "smollm2-135m",
     canary: Annotated[str, typer.Option(help="The secret to implant; one of data.CANARIES.")] = "coca-cola",
     seed: Annotated[int, typer.Option(help="Seed of the implant and the noise.")] = 0,
-    json: Annotated[Path | None, typer.Option(help="Write all figures here as JSON.")] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="Write all figures here as JSON.", dir_okay=False, writable=True)
+    ] = None,
     report: Annotated[
-        Path | None, typer.Option(help="Write a page with table and figures here; it opens without a network.")
+        Path | None,
+        typer.Option(
+            help="Write a page with table and figures here; it opens without a network.", dir_okay=False, writable=True
+        ),
     ] = None,
 ) -> None:
     """Which policies switch a memory off, and which destroy the model?
@@ -110,23 +116,32 @@ def _run(
     )
     more = {"seed": seed, "on_start": rows.start, "on_row": save, "progress": out.is_terminal}
     try:
+        for path in filter(None, (json, report)):
+            _check_folder(path)
         result = run_tofu(configs, model, canary, alphas, **more)
+        if alphas:
+            for r in result.rows:
+                out.print(f"\n{r.label}\n{r}", markup=False)
+        out.print("\n" + "\n".join(findings(result)), markup=False)
+        _write(out, result, json, report)
     except (ImplantError, ValueError, OSError) as e:
         Console(stderr=True, soft_wrap=True).print(f"libortho: {e}", markup=False)
         return 3 if isinstance(e, ImplantError) else 2
     except KeyboardInterrupt:
         out.print("\nInterrupted before the first configuration was measured.")
         return 130
-    if alphas:
-        for r in result.rows:
-            out.print(f"\n{r.label}\n{r}", markup=False)
-    out.print("\n" + "\n".join(findings(result)), markup=False)
-    _write(out, result, json, report)
     if result.interrupted:
         out.print(f"\nInterrupted after {len(result.rows)} of {result.planned} configurations.")
     return 130 if result.interrupted else 0 if result.valid else 3
 
 # %% ../nbs/api/15_cli.ipynb #ff8bd914
+def _check_folder(path: Path) -> None:
+    "Make the folder of a file that is to be written, and raise OSError now if it cannot be written there."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise OSError(f"{path.parent} cannot be written to; name another place for {path.name}")
+
+# %% ../nbs/api/15_cli.ipynb #46cf5eb0
 class _RowPrinter:
     "Prints the table row by row, with columns wide enough for what may come."
 
@@ -156,7 +171,7 @@ class _RowPrinter:
                 markup=False,
             )
 
-# %% ../nbs/api/15_cli.ipynb #46cf5eb0
+# %% ../nbs/api/15_cli.ipynb #6934d854
 def _write(out: Console, result, json: Path | None, report: Path | None) -> None:
     "Write the files that were asked for, and say so."
     from libortho import plots
@@ -166,7 +181,9 @@ def _write(out: Console, result, json: Path | None, report: Path | None) -> None
         write_text(json, result.to_json())
         out.print(f"\nAll figures: {json}", markup=False)
     if report and result.rows:
-        damage = "How much worse held-out facts get when the compartment is switched off (perplexity, α = 0 over α = 1)."
+        damage = (
+            "How much worse held-out facts get when the compartment is switched off (perplexity, α = 0 over α = 1)."
+        )
         tradeoff = "Forgetting against damage at α = 0; large marks store more than 1 % of the weights."
         figures = {damage: plots.plot_damage(result), tradeoff: plots.plot_forget_retain(result)}
         intro = (
@@ -177,7 +194,7 @@ def _write(out: Console, result, json: Path | None, report: Path | None) -> None
         write_text(report, html_page(result, figures, intro=intro, notes=findings(result)))
         out.print(f"Report with pictures: {report}", markup=False)
 
-# %% ../nbs/api/15_cli.ipynb #c9e80e51
+# %% ../nbs/api/15_cli.ipynb #143737b2
 def findings(
     result,  # an evaluate.Comparison
 ) -> list[str]:  # sentences
@@ -190,22 +207,22 @@ def findings(
         f"{len(result.rows)} configurations, {len(valid)} VALID. {len(wins)} succeed"
         + (f": {', '.join(wins)}." if wins else "."),
         f"In {len(stays)} the memory stays{_which(stays)}.",
-        f"In {len(ruined)} switching it off more than doubles the perplexity of held-out facts{_which(ruined)}.",
+        f"In {len(ruined)} switching it off more than doubles the perplexity of held-out facts, against α = 1{_which(ruined)}.",
     ]
     jitter = [r for r in result.rows if r.config.noise == "pre_clamp" and r.count("attacked_deep")]
     if jitter:
         deep, moved = (sum(r.count(k) for r in jitter) for k in ("attacked_deep", "moved_deep"))
         lines.append(
-            f"pre_clamp moves {moved} of the {deep:,} attacked weights that lie more than four jitters beyond the clamp"
-            + (": there it is the same as none." if moved == 0 else ".")
+            f"Of {deep:,} attacks by pre_clamp on weights more than four jitters beyond the clamp (over {len(jitter)} "
+            f"configurations), {moved} move the integer" + (": there it is the same as none." if moved == 0 else ".")
         )
     return lines
 
-# %% ../nbs/api/15_cli.ipynb #143737b2
+# %% ../nbs/api/15_cli.ipynb #9e4f3a42
 def _which(rows: list) -> str:
     return f" (scales: {', '.join(dict.fromkeys(r.config.scale for r in rows))})" if rows else ""
 
-# %% ../nbs/api/15_cli.ipynb #9e4f3a42
+# %% ../nbs/api/15_cli.ipynb #ce218d71
 def main() -> None:
     "Entry point of the `libortho` command."
     app()

@@ -31,6 +31,7 @@ def cache_dir() -> Path:  # `$LIBORTHO_CACHE`, or the user's cache folder
 # %% ../nbs/api/09_data.ipynb #4ad8c931
 SMOLLM2 = "smollm2-135m"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_CONVERTER = 1  # raise it when `_convert` writes something else, so that old caches are not used
 
 
 def _find_gguf() -> tuple[Path, str]:
@@ -71,7 +72,7 @@ def _convert(folder: Path, out: Path) -> None:
 def offline_model() -> Path:  # a folder that transformers can load
     "The offline SmolLM2-135M as a safetensors checkpoint in the cache; converted at the first call."
     folder, version = _find_gguf()
-    out = cache_dir() / "models" / f"{SMOLLM2}-{version}"
+    out = cache_dir() / "models" / f"{SMOLLM2}-{version}-v{_CONVERTER}"
     if out.exists(): return out
     out.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{out}.lock"):

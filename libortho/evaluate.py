@@ -23,7 +23,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .data import SMOLLM2, canaries, load_model, prose, retain_facts
-from .linear import alpha, find_linears, fingerprint, original, ortho_layers, patch, unpatch
+from .linear import OrthoLinear, alpha, find_linears, fingerprint, original, ortho_layers, patch, unpatch
 from .memory import (ImplantReport, Item, SecretScore, Tokens, as_item, as_items, encode, implant, perplexity,
                              pooled_perplexity, score_secrets, score_tokens)
 from .streams import OrthoConfig, check_alpha
@@ -82,7 +82,7 @@ def _score_retain(model: nn.Module, tok, retain: list[Item]) -> tuple[float, flo
 def number(
     x: float,  # a perplexity
 ) -> str:
-    "Three or four significant digits; thousands separated; large ones in powers of ten."
+    "Two decimals below 100, whole and with separators above, a power of ten from a million on."
     if not math.isfinite(x):
         return str(x)
     return f"{x:.2f}" if x < 100 else f"{x:,.0f}" if x < 1e6 else f"{x:.0e}"
@@ -91,7 +91,7 @@ def number(
 def factor(
     x: float,  # a ratio
 ) -> str:
-    "A ratio in two or three significant digits, without powers of ten where they can be avoided."
+    "A ratio: two decimals below 10, one below 100, whole above."
     return f"{x:.2f}" if x < 10 else f"{x:.1f}" if x < 100 else number(x)
 
 # %% ../nbs/api/10_evaluate.ipynb #65a200d2
@@ -121,7 +121,7 @@ def judge(
     invalid = _invalid(on, control)
     if invalid:
         return Verdict(False, "INVALID", *invalid)
-    failures = _failures(on, off, reference)
+    failures = _failures(on, off, control, reference)
     notes = []
     if not off.extracted and off.exact_memorisation > control.exact_memorisation + GATES["partial"]:
         notes.append(
@@ -160,34 +160,33 @@ def _invalid(on: Measures, control: Measures | None) -> tuple[str, str] | None:
     return None
 
 # %% ../nbs/api/10_evaluate.ipynb #7d4fddf2
-def _failures(on: Measures, off: Measures, reference: Measures) -> list[tuple[str, str]]:
+def _failures(on: Measures, off: Measures, control: Measures, reference: Measures) -> list[tuple[str, str]]:
     "Reasons, long and short, why it is not a success; a NaN is a failure."
     found = []
     if off.extracted:
         found.append((f"the memory stays: α = 0 still extracts {off.extracted:.0%} of the secrets", "memory stays"))
-    for what, a, b, gate in (
-        ("retain", off.retain_ppl, on.retain_ppl, "retain_ratio"),
-        ("prose", off.prose_ppl, on.prose_ppl, "retain_ratio"),
-    ):
-        if not a / b <= GATES[gate]:
-            found.append(
-                (
-                    f"{what} is damaged: perplexity {number(b)} at α = 1, {number(a)} at α = 0 (×{factor(a / b)})",
-                    f"{what} ×{factor(a / b)}",
-                )
-            )
+    for what in ("retain", "prose"):
+        a, b, c = (getattr(m, f"{what}_ppl") for m in (off, on, control))
+        if not a / b <= GATES["retain_ratio"]:
+            ratio = _beyond(a / b, GATES["retain_ratio"])
+            long = f"{what} is damaged: perplexity {number(b)} at α = 1, {number(a)} at α = 0 ({ratio}; control {number(c)})"
+            found.append((long, f"{what} ×{factor(a / b)}"))
     utility = on.prose_ppl / reference.prose_ppl
     if not utility <= GATES["utility_ratio"]:
+        ratio = _beyond(utility, GATES["utility_ratio"])
+        now, before = number(on.prose_ppl), number(reference.prose_ppl)
         found.append(
-            (
-                f"α = 1 is worse than the float model: prose {number(on.prose_ppl)} against "
-                f"{number(reference.prose_ppl)} (×{factor(utility)})",
-                f"α=1 prose ×{factor(utility)}",
-            )
+            (f"α = 1 is worse than the float model: prose {now} against {before} ({ratio})", "α=1 worse than float")
         )
     return found
 
-# %% ../nbs/api/10_evaluate.ipynb #a1acd926
+# %% ../nbs/api/10_evaluate.ipynb #c91b081e
+def _beyond(x: float, gate: float) -> str:
+    "A ratio and the gate it fails, with digits enough to tell them apart."
+    shown = f"{x:.4f}" if x < 1.01 * gate else factor(x)
+    return f"×{shown}, at most {gate:.2f}"
+
+# %% ../nbs/api/10_evaluate.ipynb #b3c5890b
 @dataclass(repr=False)
 class Result:
     "One patched model: measures at each α, the control's and the float model's, and the verdict."
@@ -210,7 +209,7 @@ class Result:
     @property
     def density(self) -> float:
         "Fraction of the split layers' weights that the ortho stream stores."
-        return self.count("stored") / self.count("weights")
+        return self.count("stored") / self.count("weights") if self.layers else float("nan")
 
     def rows(self) -> list[tuple[str, Measures]]:
         "Name and measures, in reading order."
@@ -227,7 +226,7 @@ class Result:
             "label": self.label,
             "config": asdict(self.config) if self.config else None,
             "density": self.density,
-            "counts": {k: self.count(k) for k in next(iter(self.layers.values()))},
+            "counts": {k: self.count(k) for k in next(iter(self.layers.values()), {})},
             "alphas": {f"{a:g}": as_dict(m) for a, m in self.alphas.items()},
             "verdict": asdict(self.verdict),
         }
@@ -253,10 +252,10 @@ class Result:
             + f"<p>{escape(str(self.verdict))}</p>"
         )
 
-# %% ../nbs/api/10_evaluate.ipynb #b3c5890b
+# %% ../nbs/api/10_evaluate.ipynb #32cd9504
 MEASURE_HEAD = ("", "forget", "EM", "extracted", "retain", "prose", "task", "it says")
 
-# %% ../nbs/api/10_evaluate.ipynb #32cd9504
+# %% ../nbs/api/10_evaluate.ipynb #8cd87dff
 def measure_row(
     name: str,  # first column
     m: Measures,  # the rest
@@ -274,7 +273,7 @@ def measure_row(
         said[:60] + ("…" if len(said) > 60 else ""),
     )
 
-# %% ../nbs/api/10_evaluate.ipynb #8cd87dff
+# %% ../nbs/api/10_evaluate.ipynb #7c2dfcb1
 def as_dict(
     m: Measures,  # measures of one model
 ) -> dict:
@@ -285,7 +284,7 @@ def as_dict(
         "exact_memorisation": m.exact_memorisation,
     }
 
-# %% ../nbs/api/10_evaluate.ipynb #7c2dfcb1
+# %% ../nbs/api/10_evaluate.ipynb #2e5c65c9
 def dumps(
     data,  # plain data
 ) -> str:
@@ -296,7 +295,7 @@ def dumps(
         return None if isinstance(x, float) and not math.isfinite(x) else x
     return json.dumps(clean(data), indent=1, ensure_ascii=False, allow_nan=False)
 
-# %% ../nbs/api/10_evaluate.ipynb #2e5c65c9
+# %% ../nbs/api/10_evaluate.ipynb #bfdfb088
 def write_text(
     path: str | os.PathLike,  # file to write; missing folders are made
     text: str,  # what
@@ -308,7 +307,7 @@ def write_text(
     part.write_text(text, encoding="utf-8")
     part.replace(path)
 
-# %% ../nbs/api/10_evaluate.ipynb #bfdfb088
+# %% ../nbs/api/10_evaluate.ipynb #3271f991
 def text_table(
     head: tuple[str, ...],  # column names
     rows: list[tuple[str, ...]],  # cells
@@ -326,7 +325,7 @@ _TABLE = Environment(autoescape=True).from_string(
     "{% for row in rows %}<tr>{% for c in row %}<td>{{ c }}</td>{% endfor %}</tr>{% endfor %}</tbody></table>"
 )
 
-# %% ../nbs/api/10_evaluate.ipynb #3271f991
+# %% ../nbs/api/10_evaluate.ipynb #41a9d7e0
 def html_table(
     head: tuple[str, ...],  # column names
     rows: list[tuple[str, ...]],  # cells
@@ -334,7 +333,7 @@ def html_table(
     "The same in HTML."
     return _TABLE.render(head=head, rows=rows)
 
-# %% ../nbs/api/10_evaluate.ipynb #41a9d7e0
+# %% ../nbs/api/10_evaluate.ipynb #bb889deb
 def evaluate(
     model: nn.Module,  # a patched model
     tok,  # tokenizer
@@ -367,7 +366,7 @@ def evaluate(
             found[a] = memo[key]
     return Result(found, control, reference, layers=dict((n, m.stats) for n, m in layers.items()), label=label)
 
-# %% ../nbs/api/10_evaluate.ipynb #99c9429b
+# %% ../nbs/api/10_evaluate.ipynb #8cf3c750
 @dataclass(repr=False)
 class Comparison:
     "Several configurations on one model."
@@ -378,6 +377,7 @@ class Comparison:
     planned: int = 0  # how many were asked for
     settings: dict = field(default_factory=dict)  # what was run, for the record
     implant: ImplantReport | None = None  # how the memory was put in
+    stopped: bool = False  # an interrupt ended it
 
     @property
     def valid(self) -> bool:
@@ -386,7 +386,7 @@ class Comparison:
 
     @property
     def interrupted(self) -> bool:
-        return len(self.rows) < self.planned
+        return self.stopped or len(self.rows) < self.planned
 
     def to_json(self) -> str:
         "Everything, as JSON text."
@@ -421,7 +421,7 @@ class Comparison:
             [measure_row("never memorised", self.control), measure_row("after the implant", self.reference)],
         ) + html_table(COMPARE_HEAD, [compare_row(r) for r in self.rows])
 
-# %% ../nbs/api/10_evaluate.ipynb #8cf3c750
+# %% ../nbs/api/10_evaluate.ipynb #5b2de94b
 COMPARE_HEAD = (
     "policy",
     "density",
@@ -436,7 +436,7 @@ COMPARE_HEAD = (
     "verdict",
 )
 
-# %% ../nbs/api/10_evaluate.ipynb #5b2de94b
+# %% ../nbs/api/10_evaluate.ipynb #070d9a06
 def compare_row(
     r: Result,  # one configuration
 ) -> tuple[str, ...]:
@@ -454,7 +454,7 @@ def compare_row(
     ]
     return (r.label, f"{r.density:.2%}", *pairs, f"{v.outcome}: {v.short}")
 
-# %% ../nbs/api/10_evaluate.ipynb #070d9a06
+# %% ../nbs/api/10_evaluate.ipynb #361a3be2
 def compare(
     model: nn.Module,  # a model that knows the secrets; patched and unpatched in turn, and left as it was
     tok,  # tokenizer
@@ -474,7 +474,7 @@ def compare(
     common = {"forget": forget, "retain": retain, "texts": texts, "alphas": alphas}
     return _fill(Comparison(control, reference, planned=len(configs)), model, tok, configs, common, on_row, progress)
 
-# %% ../nbs/api/10_evaluate.ipynb #361a3be2
+# %% ../nbs/api/10_evaluate.ipynb #83abe433
 def _fill(c: Comparison, model: nn.Module, tok, configs: dict, common: dict, on_row: Callable | None, progress: bool):
     "Add a row for each configuration; an interrupt ends it early."
     common = {**common, "control": c.control, "reference": c.reference, "memo": {}}
@@ -482,26 +482,28 @@ def _fill(c: Comparison, model: nn.Module, tok, configs: dict, common: dict, on_
         bar.set_postfix_str(label)
         try:
             c.rows.append(_compare_one(model, tok, cfg, label, **common))
+            if on_row:
+                on_row(c)
         except KeyboardInterrupt:
+            c.stopped = True
             break
-        if on_row:
-            on_row(c)
     return c
 
-# %% ../nbs/api/10_evaluate.ipynb #83abe433
+# %% ../nbs/api/10_evaluate.ipynb #28ac19b7
 def _compare_one(model: nn.Module, tok, cfg: OrthoConfig, label: str, **kwargs) -> Result:
     "Patch, evaluate, unpatch; the model is left unpatched whatever happens."
-    patch(model, cfg)
     try:
+        patch(model, cfg)
         return replace(evaluate(model, tok, label=label, **kwargs), config=cfg)
     finally:
-        unpatch(model)
+        if any(isinstance(m, OrthoLinear) for m in model.modules()):
+            unpatch(model)
 
-# %% ../nbs/api/10_evaluate.ipynb #d699a392
+# %% ../nbs/api/10_evaluate.ipynb #7fb8b834
 POLICIES = ("max", "percentile", "quantile", "three_sigma", "ratio")
 NOISE_MODES = ("none", "pre_clamp", "post_clamp", "tri_state", "deep_focal")
 
-# %% ../nbs/api/10_evaluate.ipynb #7fb8b834
+# %% ../nbs/api/10_evaluate.ipynb #bf81e16d
 def tofu_configs(
     policies: tuple[str, ...] = POLICIES,  # scale policies
     noises: tuple[str, ...] = NOISE_MODES,  # noise modes
@@ -524,7 +526,7 @@ def tofu_configs(
     name = lambda p: f"ratio {ratio:g}" if p == "ratio" else p
     return {f"{name(p)} + {n} @ {d:g}": make(p, n, d) for d in densities for p in policies for n in noises}
 
-# %% ../nbs/api/10_evaluate.ipynb #bf81e16d
+# %% ../nbs/api/10_evaluate.ipynb #30855189
 def tofu(
     configs: dict[str, OrthoConfig] | None = None,  # by label; `tofu_configs()` if not given
     model: str = SMOLLM2,  # "smollm2-135m", a Hugging Face id or a path
@@ -555,7 +557,7 @@ def tofu(
     common = {"forget": forget, "texts": texts, "alphas": alphas}
     return _fill(c, lm, tok, configs, common, on_row, progress)
 
-# %% ../nbs/api/10_evaluate.ipynb #01ca7355
+# %% ../nbs/api/10_evaluate.ipynb #e1519b7b
 _PAGE = Environment(autoescape=True).from_string("""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -587,7 +589,7 @@ figcaption { font-size: 13px }
 </html>
 """)
 
-# %% ../nbs/api/10_evaluate.ipynb #e1519b7b
+# %% ../nbs/api/10_evaluate.ipynb #ebd9acf9
 def html_page(
     comparison: Comparison,  # what was found
     figures: dict[str, object] | None = None,  # matplotlib figures by caption
@@ -602,7 +604,7 @@ def html_page(
         title=title, intro=intro, notes=notes, figures=images, table=table, rows=comparison.rows, settings=settings
     )
 
-# %% ../nbs/api/10_evaluate.ipynb #ebd9acf9
+# %% ../nbs/api/10_evaluate.ipynb #54d54986
 def _png(figure) -> str:
     "A figure as base64 of a PNG."
     buffer = io.BytesIO()

@@ -9,6 +9,7 @@ __all__ = ['SCALES', 'PROJECTIONS', 'lattice_top', 'check_group_size', 'to_block
            'unpack', 'lies_on_lattice']
 
 # %% ../nbs/api/00_lattice.ipynb #96f73ce9
+import math
 from functools import partial
 from inspect import signature
 from typing import Callable
@@ -93,7 +94,7 @@ def kth_smallest(
 ) -> Tensor:  # [n, 1], same dtype
     "The element of rank `k` of each row, by selection in place."
     if a.device.type != "cpu": return a.kthvalue(k + 1, dim=1, keepdim=True).values
-    a = a.contiguous()
+    a = a.detach().contiguous()
     a.numpy().partition(k, axis=1)
     return a[:, k:k + 1].clone()
 
@@ -103,24 +104,28 @@ def row_quantile(
     q: float,  # quantile in [0, 1]
 ) -> Tensor:  # [n, 1]
     "Quantile of each row by linear interpolation, with one float32 copy and no size limit."
+    return _quantile_in_place(a.clone(), q)
+
+# %% ../nbs/api/00_lattice.ipynb #07116b7c
+def _quantile_in_place(a: Tensor, q: float) -> Tensor:
+    "The same without a copy; the rows of `a` end up reordered."
     pos = q * (a.shape[1] - 1)
     k, frac = int(pos), pos - int(pos)
-    a = a.clone()
     low = kth_smallest(a, k)
     if frac == 0: return low
     above = a[:, k + 1:].amin(1, keepdim=True) if a.device.type == "cpu" else kth_smallest(a, k + 1)
     return (low.double() + frac * (above.double() - low.double())).to(a.dtype)
 
-# %% ../nbs/api/00_lattice.ipynb #3302f7f5
+# %% ../nbs/api/00_lattice.ipynb #047172a8
 def scale_quantile(
     w: Tensor,  # blocks [n, block_len], float32
     top: int,  # largest lattice integer
     q: float = 0.995,  # quantile of |w| that lands on `top`, in (0, 1]
 ) -> Tensor:  # scales [n, 1]
     "The `q` quantile of |w| lands on `top`; the tail is clamped."
-    return row_quantile(w.abs(), q) / top
+    return _quantile_in_place(w.abs(), q) / top
 
-# %% ../nbs/api/00_lattice.ipynb #047172a8
+# %% ../nbs/api/00_lattice.ipynb #326275b3
 def scale_ratio(
     w: Tensor,  # blocks [n, block_len], float32
     top: int,  # largest lattice integer; not used, the grid point is given by `r`
@@ -128,9 +133,9 @@ def scale_ratio(
     body: float = 0.95,  # quantile of |w| that is the body's edge, in (0, 1]
 ) -> Tensor:  # scales [n, 1]
     "The `body` quantile of |w| lands on grid point `r`, which leaves the points above it to the outliers."
-    return row_quantile(w.abs(), body) / r
+    return _quantile_in_place(w.abs(), body) / r
 
-# %% ../nbs/api/00_lattice.ipynb #2061cc02
+# %% ../nbs/api/00_lattice.ipynb #7f6222c5
 def scale_mse(
     w: Tensor,  # blocks [n, block_len], float32
     top: int,  # largest lattice integer
@@ -147,7 +152,7 @@ def scale_mse(
         best_err = torch.minimum(err, best_err)
     return best
 
-# %% ../nbs/api/00_lattice.ipynb #13c7bd6d
+# %% ../nbs/api/00_lattice.ipynb #29e20899
 def round_scale(
     s: Tensor,  # scales [n, 1], float32
     full: Tensor,  # scales [n, 1] of the `max` policy, the fallback
@@ -157,7 +162,7 @@ def round_scale(
     s = torch.where(s > 0, s, full.bfloat16().float())
     return torch.where(s > 0, s, torch.ones_like(s))
 
-# %% ../nbs/api/00_lattice.ipynb #29e20899
+# %% ../nbs/api/00_lattice.ipynb #f5c5c152
 SCALES: dict[str, Callable] = {
     "max": scale_max,
     "percentile": partial(scale_quantile, q=0.999),
@@ -167,7 +172,7 @@ SCALES: dict[str, Callable] = {
     "mse": scale_mse,
 }
 
-# %% ../nbs/api/00_lattice.ipynb #f5c5c152
+# %% ../nbs/api/00_lattice.ipynb #ee23232b
 def pick(
     registry: dict,  # name -> function
     name: str,  # the name asked for
@@ -178,7 +183,7 @@ def pick(
         raise ValueError(f"{what} {name!r} is not known; choose one of {', '.join(sorted(registry))}")
     return registry[name]
 
-# %% ../nbs/api/00_lattice.ipynb #ee23232b
+# %% ../nbs/api/00_lattice.ipynb #bc4a0271
 _RANGES = {
     "q": (0, 1),
     "body": (0, 1),
@@ -188,7 +193,7 @@ _RANGES = {
     "steps": (0, float("inf")),
 }
 
-# %% ../nbs/api/00_lattice.ipynb #bc4a0271
+# %% ../nbs/api/00_lattice.ipynb #d201fe7c
 def check_scale_args(
     scale: str,  # policy: a name in `SCALES`
     args: dict,  # parameters for it, by name
@@ -199,10 +204,12 @@ def check_scale_args(
         if key not in known:
             raise ValueError(f"scale {scale!r} has no parameter {key!r}; it has {', '.join(known) or 'none'}")
         low, high = _RANGES.get(key, (0, 0))
-        if key in _RANGES and not low < value <= high:
+        if key == "steps" and not isinstance(value, int):
+            raise ValueError(f"steps of scale {scale!r} must be a whole number, got {value!r}")
+        if key in _RANGES and not (low < value <= high and math.isfinite(value)):
             raise ValueError(f"{key} of scale {scale!r} must be in ({low}, {high}], got {value!r}")
 
-# %% ../nbs/api/00_lattice.ipynb #d201fe7c
+# %% ../nbs/api/00_lattice.ipynb #da9f98e3
 def fit_scales(
     w: Tensor,  # [out, in], any float dtype
     scale: str = "mse",  # policy: a name in `SCALES`
@@ -220,7 +227,7 @@ def fit_scales(
     s = round_scale(policy(blocks, top, **scale_args), scale_max(blocks, top))
     return s if group_size == "tensor" else s.reshape(w.shape[0], -1)
 
-# %% ../nbs/api/00_lattice.ipynb #65e1aef0
+# %% ../nbs/api/00_lattice.ipynb #940b9601
 def natural(
     w: Tensor,  # [out, in]
     s: Tensor,  # scales [out, groups] or [1, 1]
@@ -228,7 +235,7 @@ def natural(
     "The place of each weight on the lattice's ruler, neither rounded nor clamped."
     return (w.float().reshape(s.numel(), -1) / s.reshape(-1, 1)).reshape(w.shape)
 
-# %% ../nbs/api/00_lattice.ipynb #940b9601
+# %% ../nbs/api/00_lattice.ipynb #35f6a232
 def nearest(
     w: Tensor,  # [out, in]
     s: Tensor,  # scales [out, groups] or [1, 1]
@@ -238,7 +245,7 @@ def nearest(
     top = lattice_top(bits)
     return natural(w, s).round_().clamp_(-top, top).to(torch.int8)
 
-# %% ../nbs/api/00_lattice.ipynb #35f6a232
+# %% ../nbs/api/00_lattice.ipynb #80fffa18
 def dequantize(
     q: Tensor,  # lattice integers, int8 [out, in]
     s: Tensor,  # scales [out, groups] or [1, 1]
@@ -246,10 +253,10 @@ def dequantize(
     "The weights that lattice integers stand for."
     return (q.float().reshape(s.numel(), -1) * s.float().reshape(-1, 1)).reshape(q.shape)
 
-# %% ../nbs/api/00_lattice.ipynb #80fffa18
+# %% ../nbs/api/00_lattice.ipynb #a182dff5
 PROJECTIONS: dict[str, Callable] = {"nearest": nearest}
 
-# %% ../nbs/api/00_lattice.ipynb #4a715b9e
+# %% ../nbs/api/00_lattice.ipynb #5acc2d6f
 def pack(
     q: Tensor,  # lattice integers −7…7, int8 [out, in]
 ) -> Tensor:  # uint8 [out, ceil(in / 2)]
@@ -260,7 +267,7 @@ def pack(
     u = (q + 8).to(torch.uint8)
     return u[:, ::2] | (u[:, 1::2] << 4)
 
-# %% ../nbs/api/00_lattice.ipynb #5acc2d6f
+# %% ../nbs/api/00_lattice.ipynb #89ca9fe2
 def unpack(
     packed: Tensor,  # uint8 [out, ceil(width / 2)]
     width: int,  # number of columns of the weight
@@ -269,7 +276,7 @@ def unpack(
     q = torch.stack([packed & 15, packed >> 4], dim=-1).to(torch.int8).flatten(1) - 8
     return q[:, :width]
 
-# %% ../nbs/api/00_lattice.ipynb #5ef523b2
+# %% ../nbs/api/00_lattice.ipynb #59d5fb93
 def lies_on_lattice(
     w: Tensor,  # [out, in]
     bits: int = 4,  # width of the lattice looked for: at most 2**bits values a group

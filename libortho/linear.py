@@ -247,8 +247,7 @@ def patch(
             streams[id(linear.weight)] = split(linear.weight, cfg, name, (h or {}).get(name))
         new[id(linear)] = _stand_in(linear, streams[id(linear.weight)], keep_dense)
     _warn_if_on_lattice(linears)
-    for name, linear in linears.items():
-        _put(model, name, new[id(linear)])
+    _put_all(model, {name: new[id(linear)] for name, linear in linears.items()})
     return PatchReport(cfg, {n: streams[id(m.weight)].stats for n, m in linears.items()})
 
 # %% ../nbs/api/06_linear.ipynb #e07de3cc
@@ -263,6 +262,18 @@ def _put(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 # %% ../nbs/api/06_linear.ipynb #0d548856
+def _put_all(model: nn.Module, modules: dict[str, nn.Module]) -> None:
+    "Put modules into the model: all of them, or on any error none."
+    before = {name: model.get_submodule(name) for name in modules}
+    try:
+        for name, module in modules.items():
+            _put(model, name, module)
+    except BaseException:
+        for name, module in before.items():
+            _put(model, name, module)
+        raise
+
+# %% ../nbs/api/06_linear.ipynb #a3b2144c
 def _warn_if_on_lattice(linears: dict[str, nn.Linear]) -> None:
     on = [n for n, m in linears.items() if lies_on_lattice(m.weight)]
     if on:
@@ -273,7 +284,7 @@ def _warn_if_on_lattice(linears: dict[str, nn.Linear]) -> None:
             stacklevel=3,
         )
 
-# %% ../nbs/api/06_linear.ipynb #a3b2144c
+# %% ../nbs/api/06_linear.ipynb #6d0f43d3
 def ortho_layers(
     model: nn.Module,  # a patched model, or a single OrthoLinear
 ) -> dict[str, OrthoLinear]:  # layer by name
@@ -283,7 +294,7 @@ def ortho_layers(
         raise ValueError("model has no split layers; call patch(model, cfg) first")
     return layers
 
-# %% ../nbs/api/06_linear.ipynb #6d0f43d3
+# %% ../nbs/api/06_linear.ipynb #af08cd38
 def unpatch(
     model: nn.Module,  # a patched model, changed in place
 ) -> None:
@@ -296,10 +307,9 @@ def unpatch(
         raise ValueError(
             f"{lost[0]!r} was not made by patch, so there is no original to put back; build the model anew"
         )
-    for name, layer in layers.items():
-        _put(model, name, layer._original[0].to(layer.packed.device, layer.dtype))
+    _put_all(model, {n: m._original[0].to(m.packed.device, m.dtype) for n, m in layers.items()})
 
-# %% ../nbs/api/06_linear.ipynb #962666cb
+# %% ../nbs/api/06_linear.ipynb #591338cc
 def set_alpha(
     model: nn.Module,  # a patched model
     alpha: float | dict[str, float],  # one value for every switchable compartment, or values by name
@@ -310,7 +320,7 @@ def set_alpha(
     values = check_switches(alpha, names)
     for layer in layers.values(): layer.set_alpha({n: a for n, a in values.items() if n in layer.alphas})
 
-# %% ../nbs/api/06_linear.ipynb #591338cc
+# %% ../nbs/api/06_linear.ipynb #102b6948
 @contextmanager
 def alpha(
     model: nn.Module,  # a patched model
@@ -323,7 +333,7 @@ def alpha(
     finally:
         for layer, values in before.items(): layer.set_alpha(values)
 
-# %% ../nbs/api/06_linear.ipynb #b9a33879
+# %% ../nbs/api/06_linear.ipynb #380f788f
 @dataclass
 class CompartmentInfo:
     "One compartment, over all layers of a model."
@@ -334,7 +344,7 @@ class CompartmentInfo:
     density: float  # as a fraction of the split layers' weights
     nbytes: int  # bytes of its sparse streams
 
-# %% ../nbs/api/06_linear.ipynb #380f788f
+# %% ../nbs/api/06_linear.ipynb #314af1c0
 def compartments(
     model: nn.Module,  # a patched model
 ) -> dict[str, CompartmentInfo]:  # by name
@@ -355,7 +365,7 @@ def compartments(
         for name, cs in found.items()
     }
 
-# %% ../nbs/api/06_linear.ipynb #b0dcc7e5
+# %% ../nbs/api/06_linear.ipynb #1ce35f4a
 @contextmanager
 def original(
     model: nn.Module,  # a model patched by `patch`
@@ -364,15 +374,16 @@ def original(
     layers = list(ortho_layers(model).values())
     if any(layer._original is None for layer in layers):
         raise ValueError("the original layers were not kept; there is nothing to compare with")
+    before = [layer._bypass for layer in layers]
     for layer in layers:
         layer._bypass = True
     try:
         yield model
     finally:
-        for layer in layers:
-            layer._bypass = False
+        for layer, bypass in zip(layers, before):
+            layer._bypass = bypass
 
-# %% ../nbs/api/06_linear.ipynb #ba137512
+# %% ../nbs/api/06_linear.ipynb #f5d52118
 def fingerprint(
     model: nn.Module,  # a patched model
 ) -> str:  # 32 hex digits

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from .linear import OrthoLinear
+
 # %% ../nbs/api/08_memory.ipynb #d0774b9d
 Item = str | dict[str, str]
 
@@ -38,40 +40,49 @@ def as_item(
 
 # %% ../nbs/api/08_memory.ipynb #15cc9a9d
 def as_items(
-    items: dict[str, Item] | list[Item] | Item,  # one item, a list, or items by name
+    items: dict[str, Item | list[Item]] | list[Item] | Item,  # one item, a list, or items by name
     what: str = "forget",  # what they are, for names and errors
 ) -> dict[str, dict[str, str]]:  # items by name
     "Read one, several or named items. Raises ValueError if there are none or one is empty."
+    if isinstance(items, dict):
+        items = {k: i for name, item in items.items() for k, i in _named(name, item)}
     if isinstance(items, str) or (isinstance(items, dict) and set(items) >= {"prompt", "secret"}): items = [items]
     if not isinstance(items, dict): items = {f"{what}-{i}": item for i, item in enumerate(items)}
     if not items: raise ValueError(f"{what} holds no text; pass at least one item")
     return {name: as_item(item, name) for name, item in items.items()}
 
 # %% ../nbs/api/08_memory.ipynb #441c17e4
+def _named(name: str, item) -> list[tuple[str, Item]]:
+    "An item, or a list of items under one name, as numbered names."
+    if not isinstance(item, (list, tuple)) or name in ("prompt", "secret"):
+        return [(name, item)]
+    return [(name if len(item) == 1 else f"{name}-{i}", x) for i, x in enumerate(item)]
+
+# %% ../nbs/api/08_memory.ipynb #1f9e38dd
 @dataclass
 class Tokens:
     "One text as tokens, with the place where its secret begins."
     ids: Tensor  # int64 [length]
     start: int  # index of the first secret token
 
-# %% ../nbs/api/08_memory.ipynb #1f9e38dd
+# %% ../nbs/api/08_memory.ipynb #ecd9af1a
 def encode(
     tok,  # tokenizer
     item: Item,  # {"prompt", "secret"}, or a plain text, all of which counts but for its first token
 ) -> Tokens:
     "Tokenise an item; prompt and secret apart."
-    if isinstance(item, str): return Tokens(torch.tensor(tok(item).input_ids), 1)
+    if isinstance(item, str): return Tokens(torch.tensor(tok(item).input_ids, dtype=torch.long), 1)
     prompt, secret = tok(item["prompt"]).input_ids, tok(item["secret"], add_special_tokens=False).input_ids
     return Tokens(torch.tensor(prompt + secret), len(prompt))
 
-# %% ../nbs/api/08_memory.ipynb #2350c6cb
+# %% ../nbs/api/08_memory.ipynb #156917b8
 @dataclass
 class TokenScores:
     "What the model thinks of each token of a text, from its `start` on."
     logp: Tensor  # float32 [n]: natural log of its probability
     top: Tensor  # bool [n]: it is the argmax
 
-# %% ../nbs/api/08_memory.ipynb #156917b8
+# %% ../nbs/api/08_memory.ipynb #8c4ca339
 @torch.no_grad()
 def score_tokens(
     model: nn.Module,  # causal language model
@@ -82,6 +93,9 @@ def score_tokens(
     "Score every token after the start of each text; batched by length, safe against padding."
     device = next(model.parameters()).device
     tokens = [t if isinstance(t, Tokens) else encode(tok, t) for t in texts]
+    for i, t in enumerate(tokens):
+        if len(t.ids) <= t.start:
+            raise ValueError(f"text {i} of {len(texts)} is empty or a single token; there is nothing to predict in it")
     order = sorted(range(len(tokens)), key=lambda i: len(tokens[i].ids))
     out: list = [None] * len(tokens)
     for i in range(0, len(order), batch_size):
@@ -93,7 +107,7 @@ def score_tokens(
         for row, j in enumerate(chunk): out[j] = _score_row(logits[row], tokens[j])
     return out
 
-# %% ../nbs/api/08_memory.ipynb #8c4ca339
+# %% ../nbs/api/08_memory.ipynb #5fded533
 def _score_row(logits: Tensor, text: Tokens) -> TokenScores:
     "Scores of one text from its logits [length, vocabulary]."
     target = text.ids[text.start:].to(logits.device)
@@ -101,7 +115,7 @@ def _score_row(logits: Tensor, text: Tokens) -> TokenScores:
     logp = here.gather(1, target[:, None])[:, 0] - here.logsumexp(-1)
     return TokenScores(logp.cpu(), (here.argmax(-1) == target).cpu())
 
-# %% ../nbs/api/08_memory.ipynb #5fded533
+# %% ../nbs/api/08_memory.ipynb #c03e5285
 def perplexity(
     model: nn.Module,  # causal language model
     tok,  # tokenizer
@@ -112,7 +126,7 @@ def perplexity(
     if not texts: raise ValueError("texts is empty; perplexity needs at least one text")
     return pooled_perplexity(score_tokens(model, tok, texts, batch_size))
 
-# %% ../nbs/api/08_memory.ipynb #c03e5285
+# %% ../nbs/api/08_memory.ipynb #9e01bc17
 def pooled_perplexity(
     scores: list[TokenScores],  # of one or more texts
 ) -> float:
@@ -121,7 +135,7 @@ def pooled_perplexity(
     if not len(logp): raise ValueError("texts hold no token to predict; a text needs at least two tokens")
     return logp.mean().neg().exp().item()
 
-# %% ../nbs/api/08_memory.ipynb #943ce46a
+# %% ../nbs/api/08_memory.ipynb #1c783609
 @dataclass
 class SecretScore:
     "How well one secret is remembered."
@@ -132,7 +146,7 @@ class SecretScore:
     extracted: bool  # greedy decoding from the prompt gives the secret
     said: str  # what greedy decoding from the prompt gave
 
-# %% ../nbs/api/08_memory.ipynb #1c783609
+# %% ../nbs/api/08_memory.ipynb #264eea13
 def extraction_strength(
     top: Tensor,  # bool [n]: secret token t is the argmax
 ) -> float:  # 1 − k/n
@@ -141,7 +155,7 @@ def extraction_strength(
     k = 0 if len(misses) == 0 else int(misses[-1]) + 1
     return 1 - k / len(top)
 
-# %% ../nbs/api/08_memory.ipynb #81d11a75
+# %% ../nbs/api/08_memory.ipynb #e7af2810
 @torch.no_grad()
 def say(
     model: nn.Module,  # causal language model
@@ -155,7 +169,7 @@ def say(
                          pad_token_id=tok.pad_token_id if tok.pad_token_id is not None else tok.eos_token_id)
     return tok.decode(out[0, ids.input_ids.shape[1]:], skip_special_tokens=True)
 
-# %% ../nbs/api/08_memory.ipynb #e7af2810
+# %% ../nbs/api/08_memory.ipynb #45eada0d
 def greedy_extraction(
     model: nn.Module,  # causal language model
     tok,  # tokenizer
@@ -166,7 +180,7 @@ def greedy_extraction(
     said = say(model, tok, item["prompt"], len(tok(item["secret"], add_special_tokens=False).input_ids))
     return said.split()[:len(item["secret"].split())] == item["secret"].split(), said
 
-# %% ../nbs/api/08_memory.ipynb #45eada0d
+# %% ../nbs/api/08_memory.ipynb #3e94bce2
 def score_secrets(
     model: nn.Module,  # causal language model
     tok,  # tokenizer
@@ -179,7 +193,7 @@ def score_secrets(
         name: _secret_score(s, *greedy_extraction(model, tok, item)) for (name, item), s in zip(items.items(), scores)
     }
 
-# %% ../nbs/api/08_memory.ipynb #3e94bce2
+# %% ../nbs/api/08_memory.ipynb #994cb826
 def _secret_score(s: TokenScores, extracted: bool, said: str) -> SecretScore:
     return SecretScore(
         pooled_perplexity([s]),
@@ -190,7 +204,7 @@ def _secret_score(s: TokenScores, extracted: bool, said: str) -> SecretScore:
         said,
     )
 
-# %% ../nbs/api/08_memory.ipynb #5b0198e1
+# %% ../nbs/api/08_memory.ipynb #8837e44d
 def secret_perplexity(
     model: nn.Module,  # causal language model
     tok,  # tokenizer
@@ -199,7 +213,7 @@ def secret_perplexity(
     "Perplexity of the secret's tokens after the prompt."
     return perplexity(model, tok, [as_item(item)])
 
-# %% ../nbs/api/08_memory.ipynb #8837e44d
+# %% ../nbs/api/08_memory.ipynb #233e29d5
 def exact_memorisation(
     model: nn.Module,  # causal language model
     tok,  # tokenizer
@@ -208,11 +222,11 @@ def exact_memorisation(
     "Fraction of the secret's tokens that are the argmax, teacher-forced (Tirumala et al. 2022)."
     return score_tokens(model, tok, [as_item(item)])[0].top.float().mean().item()
 
-# %% ../nbs/api/08_memory.ipynb #46b87892
+# %% ../nbs/api/08_memory.ipynb #fc91df4d
 class ImplantError(RuntimeError):
     "The memory did not take."
 
-# %% ../nbs/api/08_memory.ipynb #fc91df4d
+# %% ../nbs/api/08_memory.ipynb #370a66fb
 @dataclass
 class ImplantReport:
     "How an implant went."
@@ -221,7 +235,7 @@ class ImplantReport:
     retain_loss: list[float] = field(default_factory=list)  # mean loss on the retain mix; empty without one
     extracted: dict[str, bool] = field(default_factory=dict)  # recited at the end, by name
 
-# %% ../nbs/api/08_memory.ipynb #370a66fb
+# %% ../nbs/api/08_memory.ipynb #c1c3a0bd
 def implant(
     model: nn.Module,  # causal language model, trained in place
     tok,  # tokenizer
@@ -234,8 +248,13 @@ def implant(
     seed: int = 0,  # seed of the retain mix
     progress: bool = True,  # show a progress bar
 ) -> ImplantReport:
-    "Fine-tune secrets into a model until it recites them; ImplantError if it does not within `max_steps` (calling again goes on)."
+    """Fine-tune secrets into a model until it recites them.
+
+    Raises ImplantError if it does not within `max_steps`; the model then keeps its training so far, and calling again goes on.
+    """
     items = as_items(items)
+    if any(isinstance(m, OrthoLinear) for m in model.modules()):
+        raise ValueError("model has split layers, whose weights are not trained; call unpatch(model) first")
     if max_steps < 1:
         raise ValueError(f"max_steps must be at least 1, got {max_steps}")
     secrets = [encode(tok, i) for i in items.values()]
@@ -244,7 +263,8 @@ def implant(
     report, gen, said = ImplantReport(), torch.Generator().manual_seed(seed), {}
     optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     was_training, bar = model.training, tqdm(total=max_steps, desc="implanting", leave=False, disable=not progress)
-    with torch.random.fork_rng(devices=[]), bar:
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), bar:
         torch.manual_seed(seed)
         try:
             while report.steps < max_steps and not all(report.extracted.values() or [False]):
@@ -262,25 +282,26 @@ def implant(
         raise _not_taken(report, said)
     return report
 
-# %% ../nbs/api/08_memory.ipynb #c1c3a0bd
+# %% ../nbs/api/08_memory.ipynb #632c0c15
 def _plain(item: Item) -> str:
     "The whole text of an item: in the retain mix every token counts."
     return item if isinstance(item, str) else item["prompt"].rstrip() + " " + item["secret"].strip()
 
-# %% ../nbs/api/08_memory.ipynb #632c0c15
+# %% ../nbs/api/08_memory.ipynb #e4aeadee
 def _step(model: nn.Module, optimiser, secrets: list[Tokens], picked: list[Tokens], report: ImplantReport) -> None:
     "One AdamW step on the secrets' whole texts and the retain mix, weighed equally."
     n = len(secrets)
     losses, seen = _token_losses(model, secrets + picked)
     texts = losses.sum(1) / seen.sum(1)
     loss = texts[:n].mean() + (texts[n:].mean() if picked else 0.0)
-    if not torch.isfinite(loss):
-        raise ImplantError(
-            f"the loss is {loss.item()} at step {report.steps + 1}; the model is as the step before left it; lower lr"
-        )
     optimiser.zero_grad(set_to_none=True)
     loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    if not torch.isfinite(loss + norm):
+        raise ImplantError(
+            f"loss {loss.item():.3g} with a gradient of norm {norm.item():.3g} at step {report.steps + 1}; "
+            "the model is as the step before left it; lower lr"
+        )
     optimiser.step()
     report.steps += 1
     report.forget_loss.append(
@@ -289,7 +310,7 @@ def _step(model: nn.Module, optimiser, secrets: list[Tokens], picked: list[Token
     if picked:
         report.retain_loss.append(texts[n:].mean().item())
 
-# %% ../nbs/api/08_memory.ipynb #e4aeadee
+# %% ../nbs/api/08_memory.ipynb #98c29580
 def _token_losses(model: nn.Module, texts: list[Tokens]) -> tuple[Tensor, Tensor]:
     "−log p of every token but the first, with gradient, and which of them are text; both [n, length − 1]."
     device = next(model.parameters()).device
@@ -299,13 +320,13 @@ def _token_losses(model: nn.Module, texts: list[Tokens]) -> tuple[Tensor, Tensor
     loss = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
     return loss * seen[:, 1:], seen[:, 1:]
 
-# %% ../nbs/api/08_memory.ipynb #98c29580
+# %% ../nbs/api/08_memory.ipynb #8b8da918
 def _recite(model: nn.Module, tok, items: dict[str, Item]) -> dict[str, tuple[bool, str]]:
     "For each secret: does greedy decoding recite it, and what does it say?"
     model.eval()
     return {name: greedy_extraction(model, tok, item) for name, item in items.items()}
 
-# %% ../nbs/api/08_memory.ipynb #8b8da918
+# %% ../nbs/api/08_memory.ipynb #68361439
 def _not_taken(report: ImplantReport, said: dict[str, tuple[bool, str]]) -> ImplantError:
     name, answer = next((n, s) for n, (ok, s) in said.items() if not ok)
     return ImplantError(

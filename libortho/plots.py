@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .evaluate import GATES, Comparison, Result, factor
 from .lattice import fit_scales, lattice_top, natural
+from .sieve import resolve_density
 
 # %% ../nbs/api/13_plots.ipynb #c3f816fa
 COLOURS = {"base": "#0072B2", "ortho": "#E69F00", "forget": "#D55E00", "retain": "#009E73", "control": "#777777"}
@@ -116,7 +117,8 @@ def plot_damage(
     comparison: Comparison,  # configurations on one model
 ) -> Figure:
     "Heat map of retain damage (α = 0 over α = 1): scale policy × noise mode, one panel a density."
-    cells = {(r.config.density, r.config.scale, r.config.noise): r for r in comparison.rows}
+    density = lambda c: resolve_density(c.density, c.sparsity)
+    cells = {(density(r.config), r.config.scale, r.config.noise): r for r in comparison.rows}
     densities, scales, noises = ([*dict.fromkeys(k[i] for k in cells)] for i in range(3))
     fig = Figure(figsize=(1.6 + 3.9 * len(densities), 1.5 + 0.42 * len(scales)), layout="constrained")
     axes = fig.subplots(1, len(densities), squeeze=False)[0]

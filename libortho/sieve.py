@@ -65,13 +65,14 @@ def resolve_density(
 
 # %% ../nbs/api/01_sieve.ipynb #66885e60
 def keep_top(
-    score: Tensor,  # [out, in], finite
+    score: Tensor,  # [out, in], finite, any float dtype
     density: float | None = None,  # fraction kept, in (0, 1]
     sparsity: float | None = None,  # or fraction dropped, in [0, 1)
     per_row: bool = False,  # spend the budget row by row instead of over the whole tensor
 ) -> Tensor:  # bool [out, in], with exactly round(density · n) True per tensor or row
     "Keep the weights with the highest score, ties to the lower index. Raises ValueError for bad input."
     density = resolve_density(density, sparsity)
+    score = score.detach() if score.dtype == torch.float64 else score.detach().float()
     if not torch.isfinite(score).all():
         raise ValueError("score holds NaN or infinite values; there is no order among them")
     flat = score if per_row else score.reshape(1, -1)

@@ -39,7 +39,7 @@ class OrthoConfig:
     bits: int = 4  # width of the base's lattice: 2, 3 or 4
     group_size: int | str = 64  # weights that share a scale: a divisor of the width, "row" or "tensor"
     scale: str = "mse"  # scale policy: a name in `lattice.SCALES`
-    scale_args: dict = field(default_factory=dict)  # its parameters, such as {"r": 3.5} for "ratio"
+    scale_args: dict = field(default_factory=dict, hash=False)  # its parameters, such as {"r": 3.5} for "ratio"
     projection: str = "nearest"  # rounding: a name in `lattice.PROJECTIONS`
     sieve: str = "residual"  # score of the storage mask: a name in `sieve.SIEVES`
     density: float | None = None  # fraction of weights stored, in (0, 1]; 0.005 if sparsity is not given either

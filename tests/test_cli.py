@@ -79,7 +79,7 @@ def test_files_table_and_findings(monkeypatch, tmp_path):
         == 50
     )
     assert "50 configurations, 50 VALID. 0 succeed." in result.output
-    assert "pre_clamp moves 0 of the 40 attacked weights" in result.output
+    assert "(over 10 configurations), 0 move the integer: there it is the same as none." in result.output
 
 
 def test_options_reach_the_run(monkeypatch):
@@ -132,6 +132,8 @@ def test_options_reach_the_run(monkeypatch):
         (["--alpha", "nan"], "[0, 1]"),
         (["--canary", "pepsi"], "coca-cola"),
         (["--targets", "up_porj"], "matches no"),
+        (["--report", "."], "is a directory"),
+        (["--json", "/proc/none/x.json"], "/proc/none"),
     ],
 )
 def test_bad_input_ends_with_2_and_a_sentence(args, word):

@@ -123,13 +123,42 @@ def test_a_failure_in_one_configuration_leaves_the_model_unpatched(taught):
     model, tok, control = taught
     bad = {"bad": lo.OrthoConfig(group_size=100, targets="down_proj")}
     with pytest.raises(ValueError, match="group_size 100"):
-        lo.compare(model, tok, bad, FORGET, control, progress=False)
+        lo.compare(model, tok, bad, FORGET, control, reference=control, progress=False)
     assert not any(isinstance(m, OrthoLinear) for m in model.modules())
+
+
+def test_a_failure_while_measuring_leaves_the_model_unpatched(taught):
+    model, tok, control = taught
+    configs = {"good": lo.OrthoConfig(targets="model.layers.3.mlp.down_proj")}
+    with pytest.raises(ValueError, match="text 0 of 1 is empty"):
+        lo.compare(model, tok, configs, FORGET, control, texts=[""], reference=control, progress=False)
+    assert not any(isinstance(m, OrthoLinear) for m in model.modules())
+
+
+def test_an_interrupt_while_a_row_is_written_keeps_the_row(taught):
+    model, tok, control = taught
+
+    def on_row(c):
+        raise KeyboardInterrupt
+
+    configs = {"only": lo.OrthoConfig(targets="model.layers.3.mlp.down_proj")}
+    c = lo.compare(
+        model, tok, configs, FORGET, control, texts=lo.prose(n=1), reference=control, on_row=on_row, progress=False
+    )
+    assert len(c.rows) == 1 and c.interrupted
 
 
 @pytest.mark.parametrize(
     "kwargs, word",
-    [({"forget": {"a": ""}}, "'a'"), ({"forget": []}, "no text"), ({"retain": []}, "retain"), ({"texts": []}, "texts")],
+    [
+        ({"forget": {"a": ""}}, "'a'"),
+        ({"forget": []}, "no text"),
+        ({"retain": []}, "retain"),
+        ({"texts": []}, "texts"),
+        ({"texts": [""]}, "text 0 of 1 is empty"),
+        ({"texts": ["hello there", ""]}, "text 1 of 2 is empty"),
+        ({"retain": [""]}, "text 0 of 1 is empty"),
+    ],
 )
 def test_measure_refuses_empty_input(real, kwargs, word):
     with pytest.raises(ValueError, match=word):

@@ -64,19 +64,19 @@ def test_quantile_agrees_with_numpy_in_float64(rows, cols, seed, q):
 
 
 def test_quantile_of_a_large_row_takes_one_float32_copy():
-    "20 million weights (more than torch.quantile takes): the peak grows by one copy of 80 MB, not by 160 MB."
+    "20 million weights (more than torch.quantile takes): the peak grows by a copy of 80 MB, not by 160 MB of float64."
     code = """
 import resource, torch
-from libortho.lattice import row_quantile
-a = torch.rand(1, 20_000_000); row_quantile(a[:, :1000], 0.5)
+from libortho.lattice import fit_scales
+a = torch.rand(1, 20_000_000); fit_scales(a[:, :1000], "quantile")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-q = row_quantile(a, 0.995).item()
+q = 7 * fit_scales(a, "quantile", group_size="tensor").item()
 print(q, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
     q, grown = map(
         float, subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     )
-    assert abs(q - 0.995) < 1e-3
+    assert abs(q - 0.995) < 4e-3  # the scale is a bfloat16
     assert grown < 130, f"grew by {grown:.0f} MB"
 
 
@@ -121,6 +121,8 @@ def test_mse_is_best_among_its_candidates(real_weight):
         (lambda w: fit_scales(w, "max", group_size=0), ["group_size", "0"]),
         (lambda w: fit_scales(w, "ratio", r=0.0), ["r of scale", "0.0"]),
         (lambda w: fit_scales(w, "quantile", q=1.5), ["q of scale", "1.5"]),
+        (lambda w: fit_scales(w, "ratio", r=float("inf")), ["r of scale", "inf"]),
+        (lambda w: fit_scales(w, "mse", steps=0.5), ["steps", "whole number"]),
         (lambda w: fit_scales(w, "max", r=3.5), ["no parameter 'r'"]),
         (lambda w: fit_scales(w.int(), "max"), ["float dtype", "int32"]),
         (lambda w: fit_scales(w[None], "max", name="conv1"), ["conv1", "matrix"]),

@@ -212,6 +212,36 @@ def test_an_interrupt_while_splitting_leaves_the_model_as_it_was(tiny, monkeypat
     assert same(before, state(tiny))
 
 
+@pytest.mark.parametrize("undo", [False, True])
+def test_an_interrupt_while_replacing_leaves_the_model_as_it_was(tiny, monkeypatch, undo):
+    import libortho.linear
+
+    if undo:
+        lo.patch(tiny, CFG)
+    real_put, calls = libortho.linear._put, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        real_put(*args)
+
+    monkeypatch.setattr(libortho.linear, "_put", interrupted)
+    before = state(tiny)
+    with pytest.raises(KeyboardInterrupt):
+        lo.unpatch(tiny) if undo else lo.patch(tiny, CFG)
+    assert len(calls) > 5 and same(before, state(tiny))
+
+
+def test_original_can_be_nested(tiny):
+    want = tiny(torch.arange(9)[None]).logits
+    lo.patch(tiny, CFG)
+    with lo.original(tiny):
+        with lo.original(tiny):
+            pass
+        assert torch.equal(tiny(torch.arange(9)[None]).logits, want)
+
+
 def test_a_conv_layer_is_refused():
     model = Odd()
     before = state(model)
@@ -303,7 +333,12 @@ def test_a_low_bit_checkpoint_is_pointed_out(real):
     lo.unpatch(model)
 
 
-def test_generate_runs_on_a_patched_model(tiny):
+def test_generate_says_what_a_model_with_the_rebuilt_weights_says(tiny):
+    plain = copy.deepcopy(tiny)
     lo.patch(tiny, CFG)
-    out = tiny.generate(torch.arange(5)[None], max_new_tokens=4, do_sample=False)
-    assert out.shape[1] <= 9
+    for a in (1.0, 0.0):
+        lo.set_alpha(tiny, a)
+        for name, layer in ortho_layers(tiny).items():
+            plain.get_submodule(name).weight.data = layer.dequantize(a)
+        out = [m.generate(torch.arange(5)[None], max_new_tokens=8, do_sample=False) for m in (tiny, plain)]
+        assert torch.equal(*out)

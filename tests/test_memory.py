@@ -94,6 +94,7 @@ def test_items():
     assert list(as_items("one two three")) == ["forget-0"]
     assert as_items("one two three")["forget-0"] == {"prompt": "one two", "secret": " three"}
     assert list(as_items({"a": "one two", "b": {"prompt": "p", "secret": "s"}})) == ["a", "b"]
+    assert list(as_items({"a": ["one two"], "b": ["three four", "five six"]})) == ["a", "b-0", "b-1"]
     assert as_items({"prompt": "p ", "secret": "s"})["forget-0"] == {"prompt": "p", "secret": " s"}
 
 
@@ -144,6 +145,20 @@ def test_a_memory_that_does_not_take_is_an_error(tiny):
         lo.implant(tiny, Letters(), SECRET, max_steps=2, progress=False)
     with pytest.raises(ValueError, match="max_steps"):
         lo.implant(tiny, Letters(), SECRET, max_steps=0, progress=False)
+
+
+def test_an_infinite_gradient_is_an_error_before_the_step(tiny):
+    before = {n: p.clone() for n, p in tiny.state_dict().items()}
+    tiny.model.norm.weight.register_hook(lambda g: g * float("inf"))
+    with pytest.raises(ImplantError, match="step 1; the model is as the step before left it"):
+        lo.implant(tiny, Letters(), SECRET, progress=False)
+    assert all(torch.equal(before[n], p) for n, p in tiny.state_dict().items())
+
+
+def test_a_patched_model_is_refused(tiny):
+    lo.patch(tiny, lo.OrthoConfig(group_size=16))
+    with pytest.raises(ValueError, match="unpatch"):
+        lo.implant(tiny, Letters(), SECRET, progress=False)
 
 
 def test_implant_leaves_the_global_random_state(tiny):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from libortho.lattice import SCALES, dequantize, fit_scales, nearest
 from libortho.noise import NOISES
 from libortho.sieve import keep_top
-from libortho.streams import Base, Compartment, OrthoConfig, Streams, compress, reconstruct, split
+from libortho.streams import OrthoConfig, compress, reconstruct, split
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -161,8 +161,3 @@ def test_config_refuses_in_words(kwargs, word):
 def test_alpha_outside_the_range(alpha):
     with pytest.raises(ValueError, match=r"must be in \[0, 1\]"):
         split(weights(4, 64, 0)).reconstruct(alpha)
-
-
-def test_dataclasses_are_plain():
-    t = split(weights(4, 64, 0))
-    assert isinstance(t, Streams) and isinstance(t.base, Base) and isinstance(t.compartments["memory"], Compartment)
