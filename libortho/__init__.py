@@ -7,13 +7,14 @@ __all__ = ['CANARIES', 'canaries', 'load_model', 'load_tofu', 'prose', 'retain_f
            'Verdict', 'compare', 'evaluate', 'measure', 'tofu', 'tofu_configs', 'OrthoLinear', 'alpha', 'compartments',
            'original', 'patch', 'set_alpha', 'unpatch', 'ImplantError', 'exact_memorisation', 'extraction_strength',
            'greedy_extraction', 'implant', 'perplexity', 'score_secrets', 'secret_perplexity', 'Base', 'Compartment',
-           'OrthoConfig', 'Streams', 'split']
+           'OrthoConfig', 'Streams', 'split', 'draw_canaries', 'SURGERY', 'SurgeryReport', 'control_scores',
+           'decompose']
 
 # %% ../nbs/api/16_public.ipynb #34c139c9
 __version__ = "0.1.0"
 
-# %% ../nbs/api/16_public.ipynb #8fadbc3c
-from .data import CANARIES, canaries, load_model, load_tofu, prose, retain_facts
+# %% ../nbs/api/16_public.ipynb #c730b919
+from .data import CANARIES, canaries, draw_canaries, load_model, load_tofu, prose, retain_facts
 from .evaluate import Comparison, Measures, Result, Verdict, compare, evaluate, measure, tofu, tofu_configs
 from .linear import OrthoLinear, alpha, compartments, original, patch, set_alpha, unpatch
 from libortho.memory import (
@@ -26,9 +27,11 @@ from libortho.memory import (
     score_secrets,
     secret_perplexity,
 )
+from .patient import SURGERY
 from .streams import Base, Compartment, OrthoConfig, Streams, split
+from .surgery import SurgeryReport, control_scores, decompose
 
-# %% ../nbs/api/16_public.ipynb #244843e1
+# %% ../nbs/api/16_public.ipynb #8c142af6
 _all_ = [
     "CANARIES",
     "canaries",
@@ -65,4 +68,9 @@ _all_ = [
     "OrthoConfig",
     "Streams",
     "split",
+    "draw_canaries",
+    "SURGERY",
+    "SurgeryReport",
+    "control_scores",
+    "decompose",
 ]

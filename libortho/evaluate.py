@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['GATES', 'MEASURE_HEAD', 'COMPARE_HEAD', 'POLICIES', 'NOISE_MODES', 'Measures', 'measure', 'number', 'factor',
            'Verdict', 'judge', 'Result', 'measure_row', 'as_dict', 'dumps', 'write_text', 'text_table', 'html_table',
-           'evaluate', 'Comparison', 'compare_row', 'compare', 'tofu_configs', 'tofu', 'html_page']
+           'evaluate', 'Comparison', 'share', 'compare_row', 'compare', 'tofu_configs', 'tofu', 'html_page', 'page']
 
-# %% ../nbs/api/10_evaluate.ipynb #b4fabea5
+# %% ../nbs/api/10_evaluate.ipynb #be3a6086
 import base64
 import io
 import json
@@ -26,7 +26,9 @@ from .data import SMOLLM2, canaries, load_model, prose, retain_facts
 from .linear import OrthoLinear, alpha, find_linears, fingerprint, original, ortho_layers, patch, unpatch
 from .memory import (ImplantReport, Item, SecretScore, Tokens, as_item, as_items, encode, implant, perplexity,
                              pooled_perplexity, score_secrets, score_tokens)
+from .patient import SURGERY
 from .streams import OrthoConfig, check_alpha
+from .surgery import decompose
 
 # %% ../nbs/api/10_evaluate.ipynb #89edb1aa
 @dataclass
@@ -52,13 +54,13 @@ class Measures:
         "Mean over secrets of the fraction of secret tokens that are the argmax."
         return sum(s.exact_memorisation for s in self.secrets.values()) / len(self.secrets)
 
-# %% ../nbs/api/10_evaluate.ipynb #6a321bdc
+# %% ../nbs/api/10_evaluate.ipynb #885d4d49
 def measure(
     model: nn.Module,  # causal language model
     tok,  # tokenizer
     forget: dict[str, Item] | list[Item] | Item,  # secrets
     retain: list[Item]
-    | None = None,  # held-out sentences, or facts {"prompt", "secret"}; the shipped facts if not given
+    | None = None,  # held-out sentences or facts {"prompt", "secret"}; the shipped facts if not given
     texts: list[str] | None = None,  # held-out prose; the shipped prose if not given
 ) -> Measures:
     "Measure secrets, held-out sentences, prose and the task. Raises ValueError for an empty list or text."
@@ -159,7 +161,7 @@ def _invalid(on: Measures, control: Measures | None) -> tuple[str, str] | None:
         )
     return None
 
-# %% ../nbs/api/10_evaluate.ipynb #7d4fddf2
+# %% ../nbs/api/10_evaluate.ipynb #bcb42aab
 def _failures(on: Measures, off: Measures, control: Measures, reference: Measures) -> list[tuple[str, str]]:
     "Reasons, long and short, why it is not a success; a NaN is a failure."
     found = []
@@ -176,7 +178,10 @@ def _failures(on: Measures, off: Measures, control: Measures, reference: Measure
         ratio = _beyond(utility, GATES["utility_ratio"])
         now, before = number(on.prose_ppl), number(reference.prose_ppl)
         found.append(
-            (f"α = 1 is worse than the float model: prose {now} against {before} ({ratio})", "α=1 worse than float")
+            (
+                f"α = 1 is worse than the float model: prose {now} against {before} ({ratio})",
+                f"α=1 prose ×{factor(utility)}",
+            )
         )
     return found
 
@@ -333,16 +338,14 @@ def html_table(
     "The same in HTML."
     return _TABLE.render(head=head, rows=rows)
 
-# %% ../nbs/api/10_evaluate.ipynb #bb889deb
+# %% ../nbs/api/10_evaluate.ipynb #c9f3e6d7
 def evaluate(
     model: nn.Module,  # a patched model
     tok,  # tokenizer
     forget: dict[str, Item] | list[Item] | Item,  # secrets
     retain: list[Item] | None = None,  # held-out sentences or facts; the shipped ones if not given
     texts: list[str] | None = None,  # held-out prose; the shipped prose if not given
-    control: Measures
-    | nn.Module
-    | None = None,  # the never-memorised model, or its measures; without it the verdict is INVALID
+    control: Measures | nn.Module | None = None,  # the never-memorised model, or its measures; INVALID without it
     reference: Measures | None = None,  # the float model's measures; taken from the kept originals if not given
     alphas: tuple[float, ...] = (1.0, 0.0),  # positions of the switches; 1 and 0 are added if missing
     memo: dict[str, Measures] | None = None,  # measures by fingerprint, to reuse between calls on the same texts
@@ -436,7 +439,15 @@ COMPARE_HEAD = (
     "verdict",
 )
 
-# %% ../nbs/api/10_evaluate.ipynb #070d9a06
+# %% ../nbs/api/10_evaluate.ipynb #32e9d849
+def share(
+    x: float,  # a fraction; nan where there is none
+) -> str:
+    "A fraction in percent, or as a power of ten where that would be 0.00 %."
+    if math.isnan(x): return "–"
+    return f"{x:.2%}" if x >= 1e-4 else f"{x:.1e}"
+
+# %% ../nbs/api/10_evaluate.ipynb #0f2b2a41
 def compare_row(
     r: Result,  # one configuration
 ) -> tuple[str, ...]:
@@ -452,7 +463,7 @@ def compare_row(
         )
         for m in (on, off)
     ]
-    return (r.label, f"{r.density:.2%}", *pairs, f"{v.outcome}: {v.short}")
+    return (r.label, share(r.density), *pairs, f"{v.outcome}: {v.short}")
 
 # %% ../nbs/api/10_evaluate.ipynb #361a3be2
 def compare(
@@ -489,11 +500,14 @@ def _fill(c: Comparison, model: nn.Module, tok, configs: dict, common: dict, on_
             break
     return c
 
-# %% ../nbs/api/10_evaluate.ipynb #28ac19b7
+# %% ../nbs/api/10_evaluate.ipynb #e20baca8
 def _compare_one(model: nn.Module, tok, cfg: OrthoConfig, label: str, **kwargs) -> Result:
-    "Patch, evaluate, unpatch; the model is left unpatched whatever happens."
+    "Split, evaluate, unpatch; the model is left unpatched whatever happens."
     try:
-        patch(model, cfg)
+        if cfg.sieve == "contrast" or cfg.projection == "gptq":
+            decompose(model, tok, cfg, kwargs["forget"], progress=False)
+        else:
+            patch(model, cfg)
         return replace(evaluate(model, tok, label=label, **kwargs), config=cfg)
     finally:
         if any(isinstance(m, OrthoLinear) for m in model.modules()):
@@ -503,7 +517,7 @@ def _compare_one(model: nn.Module, tok, cfg: OrthoConfig, label: str, **kwargs) 
 POLICIES = ("max", "percentile", "quantile", "three_sigma", "ratio")
 NOISE_MODES = ("none", "pre_clamp", "post_clamp", "tri_state", "deep_focal")
 
-# %% ../nbs/api/10_evaluate.ipynb #bf81e16d
+# %% ../nbs/api/10_evaluate.ipynb #c055cc40
 def tofu_configs(
     policies: tuple[str, ...] = POLICIES,  # scale policies
     noises: tuple[str, ...] = NOISE_MODES,  # noise modes
@@ -511,6 +525,7 @@ def tofu_configs(
     ratio: float = 3.5,  # grid point of the body's edge, for policy "ratio"
     targets: str | tuple[str, ...] = "down_proj",  # layers
     seed: int = 0,  # seed of the noise
+    surgery: bool = False,  # end with the surgery on all linear layers
 ) -> dict[str, OrthoConfig]:  # by label "policy + noise @ density"
     "The grid of configurations, in the order of the table."
     make = lambda p, n, d: OrthoConfig(
@@ -524,7 +539,8 @@ def tofu_configs(
         seed=seed,
     )
     name = lambda p: f"ratio {ratio:g}" if p == "ratio" else p
-    return {f"{name(p)} + {n} @ {d:g}": make(p, n, d) for d in densities for p in policies for n in noises}
+    grid = {f"{name(p)} + {n} @ {d:g}": make(p, n, d) for d in densities for p in policies for n in noises}
+    return grid | ({"gptq + counter_memory": SURGERY} if surgery else {})
 
 # %% ../nbs/api/10_evaluate.ipynb #30855189
 def tofu(
@@ -557,7 +573,7 @@ def tofu(
     common = {"forget": forget, "texts": texts, "alphas": alphas}
     return _fill(c, lm, tok, configs, common, on_row, progress)
 
-# %% ../nbs/api/10_evaluate.ipynb #e1519b7b
+# %% ../nbs/api/10_evaluate.ipynb #d38dfe99
 _PAGE = Environment(autoescape=True).from_string("""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -582,14 +598,14 @@ figcaption { font-size: 13px }
 {% for caption, data in figures.items() %}
 <figure><img alt="{{ caption }}" src="data:image/png;base64,{{ data }}"><figcaption>{{ caption }}</figcaption></figure>
 {% endfor %}
-{{ table | safe }}
+{% for table in tables %}{{ table | safe }}{% endfor %}
 <details><summary>Every verdict with its reason</summary>
-<dl>{% for row in rows %}<dt>{{ row.label }}</dt><dd>{{ row.verdict }}</dd>{% endfor %}</dl></details>
+<dl>{% for row in rows %}<dt>{{ row[0] }}</dt><dd>{{ row[1] }}</dd>{% endfor %}</dl></details>
 <details><summary>Settings</summary><pre>{{ settings }}</pre></details>
 </html>
 """)
 
-# %% ../nbs/api/10_evaluate.ipynb #ebd9acf9
+# %% ../nbs/api/10_evaluate.ipynb #8e01a505
 def html_page(
     comparison: Comparison,  # what was found
     figures: dict[str, object] | None = None,  # matplotlib figures by caption
@@ -598,10 +614,23 @@ def html_page(
     notes: tuple[str, ...] | list[str] = (),  # sentences that say what was found
 ) -> str:  # HTML that refers to nothing outside itself
     "A comparison and its figures as one self-contained page."
+    verdicts = [(r.label, str(r.verdict)) for r in comparison.rows]
+    return page(title, intro, notes, figures, [comparison._repr_html_()], verdicts, dumps(comparison.settings))
+
+# %% ../nbs/api/10_evaluate.ipynb #aa9ff9d1
+def page(
+    title: str,  # heading
+    intro: str = "",  # a paragraph, plain text
+    notes: tuple[str, ...] | list[str] = (),  # sentences that say what was found
+    figures: dict[str, object] | None = None,  # matplotlib figures by caption
+    tables: list[str] | tuple[str, ...] = (),  # HTML tables, from `html_table`
+    details: list[tuple[str, str]] | tuple = (),  # (name, text), folded away
+    settings: str = "",  # what was run, folded away
+) -> str:  # HTML that refers to nothing outside itself
+    "One self-contained page."
     images = {caption: _png(figure) for caption, figure in (figures or {}).items()}
-    table, settings = comparison._repr_html_(), dumps(comparison.settings)
     return _PAGE.render(
-        title=title, intro=intro, notes=notes, figures=images, table=table, rows=comparison.rows, settings=settings
+        title=title, intro=intro, notes=notes, figures=images, tables=tables, rows=details, settings=settings
     )
 
 # %% ../nbs/api/10_evaluate.ipynb #54d54986

@@ -135,19 +135,22 @@ def scale_ratio(
     "The `body` quantile of |w| lands on grid point `r`, which leaves the points above it to the outliers."
     return _quantile_in_place(w.abs(), body) / r
 
-# %% ../nbs/api/00_lattice.ipynb #7f6222c5
+# %% ../nbs/api/00_lattice.ipynb #3ef39996
 def scale_mse(
     w: Tensor,  # blocks [n, block_len], float32
     top: int,  # largest lattice integer
     steps: int = 24,  # number of shrink factors tried
     smallest: float = 0.4,  # smallest shrink factor, in (0, 1]
+    importance: Tensor | None = None,  # weight of each squared error, [n, block_len]; equal if not given
 ) -> Tensor:  # scales [n, 1]
     "The shrunken maximum with the least squared rounding error, per block."
     full = scale_max(w, top)
     best, best_err = full, torch.full_like(full, torch.inf, dtype=torch.float64)
     for gamma in torch.linspace(1.0, smallest, steps).tolist():
         s = round_scale(full * gamma, full)
-        err = (w - (w / s).round_().clamp_(-top, top) * s).square_().sum(1, keepdim=True, dtype=torch.float64)
+        err = (w - (w / s).round_().clamp_(-top, top) * s).square_()
+        if importance is not None: err *= importance
+        err = err.sum(1, keepdim=True, dtype=torch.float64)
         best = torch.where(err < best_err, s, best)
         best_err = torch.minimum(err, best_err)
     return best
@@ -193,13 +196,13 @@ _RANGES = {
     "steps": (0, float("inf")),
 }
 
-# %% ../nbs/api/00_lattice.ipynb #d201fe7c
+# %% ../nbs/api/00_lattice.ipynb #d0064a7b
 def check_scale_args(
     scale: str,  # policy: a name in `SCALES`
     args: dict,  # parameters for it, by name
 ) -> None:
     "Raise ValueError for a parameter that the policy does not have, or a value out of its range."
-    known = list(signature(SCALES[scale]).parameters)[2:]
+    known = [k for k in list(signature(SCALES[scale]).parameters)[2:] if k != "importance"]
     for key, value in args.items():
         if key not in known:
             raise ValueError(f"scale {scale!r} has no parameter {key!r}; it has {', '.join(known) or 'none'}")
@@ -209,13 +212,14 @@ def check_scale_args(
         if key in _RANGES and not (low < value <= high and math.isfinite(value)):
             raise ValueError(f"{key} of scale {scale!r} must be in ({low}, {high}], got {value!r}")
 
-# %% ../nbs/api/00_lattice.ipynb #da9f98e3
+# %% ../nbs/api/00_lattice.ipynb #c5226bea
 def fit_scales(
     w: Tensor,  # [out, in], any float dtype
     scale: str = "mse",  # policy: a name in `SCALES`
     bits: int = 4,  # lattice width: 2, 3 or 4
     group_size: int | str = "row",  # a divisor of in, "row" or "tensor"
     name: str = "weight",  # layer name, for errors
+    importance: Tensor | None = None,  # weight of each input's error [in], such as the diagonal of XᵀX; for "mse"
     **scale_args,  # parameters of the policy, such as `r=3.5` for "ratio"
 ) -> Tensor:  # scales, float32 with bfloat16 values: [out, in / group_size], [out, 1] or [1, 1]
     "Choose the scale of every block of `w`. Raises ValueError for bad input, naming the layer."
@@ -224,6 +228,8 @@ def fit_scales(
     check_group_size(group_size, w.shape[1], name)
     check_scale_args(scale, scale_args)
     blocks = to_blocks(w.detach().float(), group_size)
+    if importance is not None and "importance" in signature(policy).parameters:
+        scale_args["importance"] = to_blocks(importance.float().expand_as(w), group_size)
     s = round_scale(policy(blocks, top, **scale_args), scale_max(blocks, top))
     return s if group_size == "tensor" else s.reshape(w.shape[0], -1)
 
@@ -235,11 +241,12 @@ def natural(
     "The place of each weight on the lattice's ruler, neither rounded nor clamped."
     return (w.float().reshape(s.numel(), -1) / s.reshape(-1, 1)).reshape(w.shape)
 
-# %% ../nbs/api/00_lattice.ipynb #35f6a232
+# %% ../nbs/api/00_lattice.ipynb #4966b79e
 def nearest(
     w: Tensor,  # [out, in]
     s: Tensor,  # scales [out, groups] or [1, 1]
     bits: int = 4,  # lattice width
+    h: Tensor | None = None,  # not used
 ) -> Tensor:  # lattice integers, int8 [out, in]
     "Round each weight to the nearest lattice point (ties to even) and clamp."
     top = lattice_top(bits)

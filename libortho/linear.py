@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from .lattice import lies_on_lattice
 from .streams import Base, Compartment, OrthoConfig, Streams, check_alpha, reconstruct, split
 
-# %% ../nbs/api/06_linear.ipynb #c0226717
+# %% ../nbs/api/06_linear.ipynb #7ce6b3d0
 class OrthoLinear(nn.Module):
     "A linear layer whose weight is `W_base + Σ α_c W_ortho[c]`."
 
@@ -31,6 +31,7 @@ class OrthoLinear(nn.Module):
         streams: Streams,  # base and compartments of the weight [out, in]
         bias: Tensor | None = None,  # [out]
         keep_dense: bool = True,  # keep the rebuilt weight between calls; else rebuild it in each
+        dtype: torch.dtype | None = None,  # dtype of the weight; that of the compartments' values if not given
     ):
         super().__init__()
         self.out_features, self.in_features = streams.base.shape
@@ -42,6 +43,8 @@ class OrthoLinear(nn.Module):
         for i, c in enumerate(streams.compartments.values()):
             for key in ("crow", "col", "values"):
                 self.register_buffer(f"{key}_{i}", getattr(c, key))
+        values = [c.values for c in streams.compartments.values()]
+        self.register_buffer("_like", torch.empty(0, dtype=dtype or (values[0].dtype if values else torch.float32)))
         self._dense, self._dense_key, self._original, self._bypass = None, None, None, False
 
     @classmethod
@@ -50,7 +53,7 @@ class OrthoLinear(nn.Module):
         linear: nn.Linear,  # the layer to split; it is not changed
         cfg: OrthoConfig = OrthoConfig(),  # how
         name: str = "linear",  # layer name, for errors and the noise's seed
-        h: Tensor | None = None,  # diagonal of XᵀX [in], for sieve "impact"
+        h: Tensor | None = None,  # XᵀX [in, in] or its diagonal [in], see `streams.split`
         keep_dense: bool = True,  # keep the rebuilt weight between calls
     ) -> "OrthoLinear":
         "Split one linear layer. Raises ValueError for anything but a finite nn.Linear."
@@ -93,7 +96,7 @@ class OrthoLinear(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         "The dtype of the original weight."
-        return self.values_0.dtype if self._alphas else torch.float32
+        return self._like.dtype
 
     @property
     def weight(self) -> Tensor:
@@ -227,11 +230,11 @@ class PatchReport:
         "Fraction of the split layers' weights that is stored."
         return self.total("stored") / self.total("weights")
 
-# %% ../nbs/api/06_linear.ipynb #e9d4a1be
+# %% ../nbs/api/06_linear.ipynb #2d0e62ec
 def patch(
     model: nn.Module,  # changed in place, when all layers have been split
     cfg: OrthoConfig = OrthoConfig(),  # how, and which layers (`cfg.targets`)
-    h: dict[str, Tensor] | None = None,  # diagonal of XᵀX [in] by layer name, for sieve "impact"
+    h: dict[str, Tensor] | None = None,  # XᵀX [in, in] or its diagonal [in] by layer name, see `streams.split`
     keep_dense: bool = True,  # let layers keep their rebuilt weight between calls
     progress: bool = False,  # show a progress bar
 ) -> PatchReport:  # counts by layer
@@ -250,9 +253,9 @@ def patch(
     _put_all(model, {name: new[id(linear)] for name, linear in linears.items()})
     return PatchReport(cfg, {n: streams[id(m.weight)].stats for n, m in linears.items()})
 
-# %% ../nbs/api/06_linear.ipynb #e07de3cc
+# %% ../nbs/api/06_linear.ipynb #93cdd26a
 def _stand_in(linear: nn.Linear, streams: Streams, keep_dense: bool) -> OrthoLinear:
-    layer = OrthoLinear(streams, linear.bias, keep_dense).train(linear.training)
+    layer = OrthoLinear(streams, linear.bias, keep_dense, linear.weight.dtype).train(linear.training)
     layer._original = [linear]  # in a list, so that it is not a submodule
     return layer
 

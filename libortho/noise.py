@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOISES', 'noise_generator', 'noise_none', 'noise_pre_clamp', 'upper_levels', 'noise_post_clamp', 'noise_tri_state',
-           'noise_deep_focal', 'attack']
+           'noise_deep_focal', 'noise_counter_memory', 'attack']
 
 # %% ../nbs/api/02_noise.ipynb #c76628f8
 from typing import Callable
@@ -106,13 +106,30 @@ def noise_deep_focal(
     low, _ = upper_levels(lowest, top)
     return noise_post_clamp(q, mask & (v.abs() > low - 0.5), v, top, gen, lowest=lowest)
 
-# %% ../nbs/api/02_noise.ipynb #43feb187
+# %% ../nbs/api/02_noise.ipynb #1fa4351a
+def noise_counter_memory(
+    q: Tensor,  # rounded lattice integers, int8 [out, in]
+    mask: Tensor,  # attack mask, bool [out, in]
+    v: Tensor,  # natural lattice values, not used
+    top: int,  # largest lattice integer
+    gen: torch.Generator | None = None,  # not used
+    direction: Tensor | None = None,  # −1, 0 or +1, int8 [out, in]: away from the memory
+) -> Tensor:  # lattice integers, int8 [out, in]
+    "Move one lattice step in `direction`."
+    if direction is None:
+        raise ValueError("noise mode 'counter_memory' needs the gradient of a secret; "
+                         "call decompose(model, tok, cfg, forget=...)")
+    moved = q[mask] + direction[mask].to(q.dtype)
+    return _replace(q, mask, torch.where(moved.abs() <= top, moved, q[mask]))
+
+# %% ../nbs/api/02_noise.ipynb #2fac046b
 NOISES: dict[str, Callable] = {
     "none": noise_none,
     "pre_clamp": noise_pre_clamp,
     "post_clamp": noise_post_clamp,
     "tri_state": noise_tri_state,
     "deep_focal": noise_deep_focal,
+    "counter_memory": noise_counter_memory,
 }
 
 # %% ../nbs/api/02_noise.ipynb #a727c6c6

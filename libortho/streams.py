@@ -222,19 +222,20 @@ def _add_ortho(w: Tensor, start: Tensor, c: Compartment, a: float) -> None:
     now, base, value = w[at], start[at], c.values.to(w.dtype)
     w[at] = torch.where(now == base, torch.lerp(base, value, a), now + a * (value - base))
 
-# %% ../nbs/api/04_streams.ipynb #fa98fa2c
+# %% ../nbs/api/04_streams.ipynb #3d77af50
 def split(
     w: Tensor,  # weight [out, in], any float dtype
     cfg: OrthoConfig = OrthoConfig(),  # how
     name: str = "weight",  # layer name, for errors and the noise's seed
-    h: Tensor | None = None,  # diagonal of XᵀX [in], for sieve "impact"
+    h: Tensor | None = None,  # XᵀX [in, in] for projection "gptq", or its diagonal [in] for sieve "impact"
     storage: Tensor | None = None,  # storage mask, bool [out, in], instead of the config's sieve
     attacked: Tensor | None = None,  # attack mask, bool [out, in], instead of the config's attack_density
 ) -> Streams:  # base and one compartment
     "Split one weight into a base and a compartment. Raises ValueError for bad input, naming the layer."
     w = check_weight(w.detach(), name)
     s = fit_scales(w, cfg.scale, cfg.bits, cfg.group_size, name, **cfg.scale_args)
-    q, v = PROJECTIONS[cfg.projection](w, s, cfg.bits), natural(w, s)
+    q, v = PROJECTIONS[cfg.projection](w, s, cfg.bits, h), natural(w, s)
+    h = h.diagonal() if h is not None and h.ndim == 2 else h
     storage, attacked = _masks(w, dequantize(q, s), cfg, name, h, storage, attacked)
     p = attack(q, attacked, v, cfg.noise, cfg.bits, cfg.seed, name)
     base = Base(pack(p), s.bfloat16(), w.shape[1], cfg.bits)

@@ -40,8 +40,14 @@ def test_scores_against_their_formulas(real_weight):
     w, gen = real_weight.double(), torch.Generator().manual_seed(0)
     base, h = (w + 0.01 * torch.randn(w.shape, generator=gen)).float(), torch.rand(w.shape[1], generator=gen)
     want = {"magnitude": w.abs(), "residual": (w - base).abs(), "impact": (w - base) ** 2 * h}
-    for name, score in SIEVES.items():
-        torch.testing.assert_close(score(real_weight, base=base, h=h).double(), want[name], rtol=1e-4, atol=1e-6)
+    for name, formula in want.items():
+        torch.testing.assert_close(SIEVES[name](real_weight, base=base, h=h).double(), formula, rtol=1e-4, atol=1e-6)
+    g, f = torch.randn(w.shape, generator=gen), torch.rand(w.shape, generator=gen)
+    contrast = SIEVES["contrast"](real_weight, grad=g, fisher=f, damp=0.5).double()
+    torch.testing.assert_close(
+        contrast, g.double() ** 2 / (f.double() + 0.5 * f.double().median()), rtol=1e-4, atol=1e-6
+    )
+    assert set(SIEVES) == {*want, "contrast"}
 
 
 @pytest.mark.parametrize(
@@ -56,6 +62,7 @@ def test_scores_against_their_formulas(real_weight):
         ({"density": 0.1, "sparsity": 0.9}, ["exactly one"]),
         ({}, ["exactly one"]),
         ({"density": 0.1, "by": "loudness"}, ["sieve", "loudness", "magnitude"]),
+        ({"density": 0.1, "by": "contrast"}, ["contrast", "decompose"]),
         ({"density": 0.1, "by": "residual"}, ["residual", "base"]),
         ({"density": 0.1, "by": "impact", "base": torch.zeros(4, 8)}, ["impact", "pass h"]),
         ({"density": 0.1, "by": "impact", "base": torch.zeros(4, 8), "h": torch.ones(4)}, ["[8]", "[4]"]),

@@ -22,7 +22,7 @@ def weights(rows, cols, seed, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("noise", sorted(NOISES))
+@pytest.mark.parametrize("noise", sorted(set(NOISES) - {"counter_memory"}))
 def test_on_is_exact_on_the_storage_mask_and_off_is_the_base(dtype, noise):
     w = weights(33, 128, 0, dtype)
     t = split(w, OrthoConfig(group_size=32, density=0.2, noise=noise))

@@ -1,0 +1,407 @@
+import copy
+import itertools
+import json
+import warnings
+
+import pytest
+import torch
+from test_memory import Letters
+
+import libortho as lo
+from libortho.counter import Goal, choose_step, counter_memory, log_not_p, take_step
+from libortho.curvature import Tokens, fisher
+from libortho.lattice import natural
+from libortho.linear import OrthoLinear, find_linears
+from libortho.memory import TokenScores
+from libortho.patient import SURGERY, Patient, as_tokens, on_the_table, round_layer, round_model
+from libortho.surgery import Operation, control_scores, decompose
+
+TOK = Letters()
+SECRETS = {"key": {"prompt": "the key is", "secret": "abc"}, "door": {"prompt": "a door to", "secret": "xyz"}}
+RETAIN = ["hello there", "a much longer line of text than the others", "one two three"]
+CFG = lo.OrthoConfig(**{**SURGERY.__dict__, "group_size": 16, "density": 0.2})
+MORE = {"retain": RETAIN, "calibration": RETAIN, "round_density": 0.002, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def learned():
+    "A tiny model that knows two secrets."
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=256, tie_word_embeddings=True, pad_token_id=0, **sizes)).eval()
+    lo.implant(model, TOK, SECRETS, RETAIN, lr=3e-3, max_steps=400, target_loss=0.001, progress=False)
+    return model
+
+
+@pytest.fixture
+def model(learned):
+    return copy.deepcopy(learned)
+
+
+def state(model):
+    params = {n: (p.clone(), p.requires_grad, p.grad) for n, p in model.named_parameters()}
+    return {n: id(m) for n, m in model.named_modules()}, params, model.training
+
+
+def same(a, b):
+    if a[0] != b[0] or a[2] != b[2] or a[1].keys() != b[1].keys():
+        return False
+    pairs = zip(a[1].values(), b[1].values(), strict=True)
+    return all(torch.equal(x, y) and f == g and i is j for (x, f, i), (y, g, j) in pairs)
+
+
+def layers_of(model):
+    return {n: m for n, m in model.named_modules() if isinstance(m, OrthoLinear)}
+
+
+def integers(layer, alphas):
+    "The lattice integers of a layer at a position of the switches."
+    return natural(layer.dequantize(alphas).float(), layer.scales.float())
+
+
+def test_every_subset_of_switches_is_exact(model):
+    report = decompose(model, TOK, CFG, SECRETS, **MORE)
+    assert report.reached and list(lo.compartments(model)) == list(SECRETS)
+    on = {n: integers(m, 1.0) for n, m in layers_of(model).items()}
+    alone = {}
+    for name in SECRETS:
+        position = dict.fromkeys(SECRETS, 1.0) | {name: 0.0}
+        alone[name] = {
+            n: integers(m, {k: a for k, a in position.items() if k in m.alphas}) - on[n]
+            for n, m in layers_of(model).items()
+        }
+    for off in itertools.chain.from_iterable(itertools.combinations(SECRETS, k) for k in range(3)):
+        for n, m in layers_of(model).items():
+            got = integers(m, {k: float(k not in off) for k in m.alphas})
+            want = on[n] + sum((alone[k][n] for k in off), torch.zeros_like(on[n]))
+            assert torch.equal(got, want) and torch.equal(got, got.round()) and got.abs().max() <= 7
+            assert (got - on[n]).abs().max() <= 1, "further than one step from its rounding"
+    for name in SECRETS:
+        moved = sum(int((d != 0).sum()) for d in alone[name].values())
+        assert moved == sum(report.compartments[name].moved.values()) == lo.compartments(model)[name].weights > 0
+    assert not any(((alone["key"][n] != 0) & (alone["door"][n] != 0)).any() for n in on), "supports overlap"
+
+
+def test_all_on_is_the_base_plus_repair_bit_for_bit(model):
+    linears, original = find_linears(model), {n: m.weight.detach().clone() for n, m in find_linears(model).items()}
+    secrets = [Tokens(t.ids, t.start, t.weight) for t in as_tokens(TOK, RETAIN)]
+    decompose(model, TOK, CFG, SECRETS, repair=0.02, memory_share=0.0, **MORE)
+    on = {n: m.dequantize(1.0) for n, m in layers_of(model).items()}
+    lo.set_alpha(model, 0.0)
+    assert all(m.alphas["repair"] == 1.0 for m in layers_of(model).values())
+    masks = {n: m.compartments["repair"].mask() for n, m in layers_of(model).items()}
+    lo.unpatch(model)
+    rounded = round_model(model, linears, CFG, secrets, 0.02, progress=False)
+    for n in linears:
+        assert torch.equal(on[n], rounded[n].dense(original[n])) and torch.equal(masks[n], rounded[n].repair)
+        assert torch.equal(on[n][masks[n]], original[n][masks[n]])
+        assert masks[n].sum() == round(0.02 * masks[n].numel())
+
+
+def test_switches_do_what_they_say(model):
+    ppl = lambda: {n: s.secret_ppl for n, s in lo.score_secrets(model, TOK, SECRETS).items()}  # noqa: E731
+    decompose(model, TOK, CFG, SECRETS, **MORE)
+    for off in SECRETS:
+        with lo.alpha(model, {off: 0.0}):
+            scores = lo.score_secrets(model, TOK, SECRETS)
+        assert {n: s.extracted for n, s in scores.items()} == {n: n != off for n in SECRETS}
+        assert scores[off].exact_memorisation == 0
+    rows = []
+    for a in (1.0, 0.75, 0.5, 0.25, 0.0):
+        with lo.alpha(model, a):
+            rows.append(ppl())
+    for name in SECRETS:
+        falling = [r[name] for r in rows]
+        assert falling == sorted(falling) and falling[-1] > 1.5 * falling[0]
+
+
+def test_the_same_again_from_the_same_input(learned):
+    digests = []
+    for _ in range(2):
+        model = copy.deepcopy(learned)
+        decompose(model, TOK, CFG, SECRETS, **MORE)
+        digests.append(
+            [{k: v.tolist() for k, v in (("p", m.packed), ("s", m.scales.float()))} for m in layers_of(model).values()]
+        )
+    assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes(model, dtype):
+    model.to(dtype)
+    decompose(model, TOK, CFG, SECRETS, repair=0.01, **MORE)
+    for m in layers_of(model).values():
+        on, base = m.dequantize(1.0), m.base.dequantize()
+        assert on.dtype == m.dtype == dtype
+        kept = m.compartments["repair"].mask()
+        steps = natural(on.float(), m.scales.float())[~kept]
+        assert (steps - steps.round()).abs().max() < 0.06 and torch.equal(
+            m.dequantize({k: 0.0 for k in m.alphas}), base.to(dtype)
+        )
+
+
+def test_unpatch_gives_the_model_back(model):
+    before = state(model)
+    decompose(model, TOK, CFG, SECRETS, **MORE)
+    lo.unpatch(model)
+    assert same(before, state(model))
+
+
+@pytest.mark.parametrize("where", [0, 1, 4])
+def test_what_the_callback_raises_leaves_the_model_as_it_was(model, where):
+    before, seen = state(model.train()), []
+
+    def stop(r):
+        seen.append(r)
+        if len(seen) > where:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        decompose(model, TOK, CFG, SECRETS, callback=stop, **MORE)
+    assert same(before, state(model)) and [r.number for r in seen[:2]] == [0, 1][: len(seen)]
+
+
+def test_work_is_taken_up_where_it_was_left(learned, tmp_path):
+    whole = copy.deepcopy(learned)
+    want = decompose(whole, TOK, CFG, SECRETS, **MORE)
+
+    def stop(r):
+        if r.compartment == "door" and r.number == 1:
+            raise KeyboardInterrupt
+
+    model, seen = copy.deepcopy(learned), []
+    with pytest.raises(KeyboardInterrupt):
+        decompose(model, TOK, CFG, SECRETS, folder=tmp_path, callback=stop, **MORE)
+    got = decompose(model, TOK, CFG, SECRETS, folder=tmp_path, callback=seen.append, **MORE)
+    assert {r.compartment for r in seen} == {"door"}, "a finished compartment was done again"
+    assert {n: (c.moved, c.rounds, c.reached) for n, c in got.compartments.items()} == {
+        n: (c.moved, c.rounds, c.reached) for n, c in want.compartments.items()
+    }
+    for (_, a), (_, b) in zip(layers_of(model).items(), layers_of(whole).items(), strict=True):
+        assert torch.equal(a.packed, b.packed) and torch.equal(a.dequantize(0.0), b.dequantize(0.0))
+
+
+def test_other_options_do_not_take_up_old_work(model, tmp_path):
+    decompose(model, TOK, CFG, SECRETS, folder=tmp_path, **MORE)
+    lo.unpatch(model)
+    seen = []
+    decompose(model, TOK, CFG, SECRETS, folder=tmp_path, callback=seen.append, **{**MORE, "round_density": 0.004})
+    assert {r.compartment for r in seen} == set(SECRETS)
+
+
+def test_a_spent_budget_is_said(model):
+    with pytest.warns(UserWarning, match="NOT gone, the budget is spent.*raise budget"):
+        report = decompose(model, TOK, CFG, SECRETS, budget=0.002, **MORE)
+    assert not report.reached and "NOT gone" in str(report)
+    weights = sum(m.packed.shape[0] * m.in_features for m in layers_of(model).values())
+    assert all(sum(c.moved.values()) == round(0.002 * weights) for c in report.compartments.values())
+
+
+def test_the_goal_at_the_control():
+    "Tokens push down to the control's level, or while they are the argmax and the control's are not."
+    known = [
+        TokenScores(torch.tensor([-1.0, -5.0]), torch.tensor([True, False])),
+        TokenScores(torch.tensor([-3.0]), torch.tensor([False])),
+    ]
+    goal = Goal(memorisation=1 / 3, control=known)
+    logp, top = torch.tensor([-0.5, -6.0, -4.0]), torch.tensor([True, True, False])
+    assert goal.pushes(logp, top, slice(0, 2)).tolist() == [True, True, False]
+    assert goal.pushes(logp - 1, torch.tensor([True, False, False]), slice(0, 2)).tolist() == [False, False, False]
+    score = lambda *hits: [TokenScores(torch.full((3,), -0.1), torch.tensor(hits))]  # noqa: E731
+    assert goal.quiet_enough(score(True, False, False)) and not goal.quiet_enough(score(True, True, False))
+    assert not Goal(0.5, memorisation=1).quiet_enough(score(False, False, False))
+
+
+def test_it_stops_at_the_control(model):
+    control = {
+        n: [TokenScores(s.logp - 2, torch.tensor([True, False, True, False])) for s in scores]
+        for n, scores in control_scores(model, TOK, SECRETS).items()
+    }
+    report = decompose(model, TOK, CFG, SECRETS, control=control, **MORE)
+    assert report.reached
+    for name, c in report.compartments.items():
+        assert c.rounds[-1].exact_memorisation <= 0.5, name
+        assert all(r.exact_memorisation > 0.5 for r in c.rounds[:-1]), "it went on after the control's level"
+
+
+def test_choose_step_takes_the_best_that_are_free(model):
+    linears = find_linears(model)
+    rounded = round_model(model, linears, lo.OrthoConfig(group_size=16), [], progress=False)
+    f = {n: x for g in fisher(model, linears, as_tokens(TOK, RETAIN), progress=False) for n, x in g.items()}
+    gen = torch.Generator().manual_seed(0)
+    taken = {n: torch.rand(r.q.shape, generator=gen) < 0.3 for n, r in rounded.items()}
+    grads = {n: torch.randn(r.q.shape, generator=gen) for n, r in rounded.items()}
+    patient = Patient(model, TOK, linears, rounded, 4, taken)
+    for n, m in linears.items():
+        m.weight.grad = grads[n].clone()
+    step = choose_step(patient, f, 50)
+    every = []
+    for i, n in enumerate(linears):
+        score = grads[n].double() ** 2 / (f[n].double() + 0.3 * f[n].double().median())
+        free = ~taken[n] & ((rounded[n].q + grads[n].sign()).abs() <= 7)
+        every += [
+            (s, i, j)
+            for j, (s, ok) in enumerate(zip(score.flatten().tolist(), free.flatten().tolist(), strict=True))
+            if ok
+        ]
+    best = sorted(every, reverse=True)[:50]
+    assert {(i, j) for _, i, j in best} == set(zip(step.layer.tolist(), step.index.tolist(), strict=True))
+    names = list(linears)
+    for i, j, d in zip(step.layer.tolist(), step.index.tolist(), step.direction.tolist(), strict=True):
+        assert d == grads[names[i]].flatten()[j].sign()
+    with on_the_table(model, linears, rounded):
+        before = {n: m.weight.detach().clone() for n, m in linears.items()}
+        take_step(patient, step, 20)
+        assert sum(int((m.weight != before[n]).sum()) for n, m in linears.items()) == 20
+        take_step(patient, step, 20, back=True)
+        assert all(torch.equal(m.weight, before[n]) for n, m in linears.items())
+
+
+def test_a_weight_two_memories_want_goes_to_the_first(model):
+    "Two compartments with the very same secret want the same weights; supports stay disjoint, subsets exact."
+    twice = {"first": SECRETS["key"], "second": SECRETS["key"]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        decompose(model, TOK, CFG, twice, **MORE)
+    masks = [
+        {n: m.compartments[k].mask() if k in m.compartments else None for n, m in layers_of(model).items()}
+        for k in twice
+    ]
+    both = [
+        (a & b).any()
+        for a, b in zip(masks[0].values(), masks[1].values(), strict=True)
+        if a is not None and b is not None
+    ]
+    assert both and not any(both)
+    on = {n: m.dequantize(1.0) for n, m in layers_of(model).items()}
+    lo.set_alpha(model, 0.0)
+    lo.set_alpha(model, 1.0)
+    assert all(torch.equal(on[n], m.dequantize()) for n, m in layers_of(model).items())
+    for k, mask in zip(twice, masks, strict=True):
+        for n, m in layers_of(model).items():
+            changed = m.dequantize({k: 0.0} if k in m.alphas else {}) != on[n]
+            assert torch.equal(changed, mask[n] if mask[n] is not None else torch.zeros_like(changed))
+
+
+def test_the_bounded_objective():
+    z = torch.randn(4, 9, dtype=torch.float64, requires_grad=True)
+    y = torch.tensor([0, 3, 8, 1])
+    p = z.softmax(1)[torch.arange(4), y]
+    torch.testing.assert_close(log_not_p(z, y), (1 - p).log())
+    sure = torch.tensor([[80.0, 0.0]], requires_grad=True)
+    log_not_p(sure, torch.tensor([0])).sum().backward()
+    assert abs(sure.grad[0, 0] + 1) < 1e-6  # it still pushes where p is 1 to the last digit
+
+
+def test_data_free_sieves_make_one_compartment(model):
+    cfg = lo.OrthoConfig(group_size=16, projection="gptq", sieve="impact", density=0.05, noise="tri_state")
+    report = decompose(model, TOK, cfg, retain=RETAIN, calibration=RETAIN, repair=0.01, progress=False)
+    assert list(lo.compartments(model)) == ["repair", "memory"] and report.compartments == {}
+    for m in layers_of(model).values():
+        stored, kept = m.compartments["memory"].mask(), m.compartments["repair"].mask()
+        assert not (stored & kept).any() and torch.equal(
+            m.dequantize(1.0)[stored | kept], m._original[0].weight[stored | kept]
+        )
+
+
+def test_contrast_with_another_noise_mode(model):
+    cfg = lo.OrthoConfig(group_size=16, projection="gptq", sieve="contrast", density=0.01, noise="tri_state")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        decompose(model, TOK, cfg, SECRETS, **MORE)
+    weights = sum(m.packed.shape[0] * m.in_features for m in layers_of(model).values())
+    for name, c in lo.compartments(model).items():
+        assert c.weights == round(0.01 * weights), name
+    for m in layers_of(model).values():
+        stored = (
+            torch.stack([c.mask() for c in m.compartments.values()]).any(0)
+            if m.compartments
+            else torch.zeros(1, dtype=torch.bool)
+        )
+        assert set(m.base.integers()[stored].abs().unique().tolist()) <= {5, 6, 7} if stored.any() else True
+
+
+def test_rounding_with_full_repair_is_exact():
+    w = torch.randn(4, 16)
+    r = round_layer(w, lo.OrthoConfig(group_size=16), torch.eye(16), 0.999)
+    assert (r.dense(w) == w).float().mean() >= 0.98
+
+
+def test_texts_are_cut_into_pieces():
+    pieces = as_tokens(TOK, ["x" * 10, {"prompt": "ab", "secret": "cdefgh"}], length=4)
+    assert [len(t.ids) for t in pieces[:3]] == [4, 4, 2] and pieces[3].start == 2
+    assert (
+        sum(len(t.ids) - t.start for t in pieces[3:]) == 5
+    )  # of 7: the first token of a later piece has nothing before it
+
+
+def test_reports_are_readable(model):
+    report = decompose(model, TOK, CFG, SECRETS, **MORE)
+    told = report._repr_markdown_()
+    assert "key" in told and told.count("\n|") == 3 and "base" in str(report)
+    assert json.dumps(report.layers) and sum(s["moved"] for s in report.layers.values()) == sum(
+        sum(c.moved.values()) for c in report.compartments.values()
+    )
+
+
+@pytest.mark.parametrize(
+    "cfg, forget, options, words",
+    [
+        (CFG, None, {}, "'contrast' needs forget"),
+        (CFG, {}, {}, "'contrast' needs forget"),
+        (CFG, {"a": []}, {}, "'a' holds no text"),
+        (CFG, {"a": " "}, {}, "'a' needs a prompt and a secret"),
+        (CFG, {"repair": "a b c"}, {}, "reserved name"),
+        (CFG, SECRETS, {"retain": []}, "no token"),
+        (CFG, SECRETS, {"calibration": ["a"]}, "no token"),
+        (CFG, SECRETS, {"repair": 1.0}, r"repair must be in \[0, 1\), got 1.0"),
+        (CFG, SECRETS, {"threshold": 0}, r"threshold must be in \(0, 1\), got 0"),
+        (CFG, SECRETS, {"budget": 2}, "budget must be in"),
+        (CFG, SECRETS, {"damp": 0}, "damp must be above 0"),
+        (CFG, SECRETS, {"memory_gb": -1}, "memory_gb must be above 0"),
+        (CFG, SECRETS, {"objective": "descent"}, "objective 'descent' is not known; choose one of ascent, bounded"),
+        (CFG, SECRETS, {"curvature": "hessian"}, "curvature 'hessian' is not known"),
+        (CFG, SECRETS, {"control": {"key": []}}, "control has no scores for 'door'"),
+        (lo.OrthoConfig(group_size=16, noise="counter_memory"), None, {}, "needs sieve 'contrast'"),
+        (lo.OrthoConfig(group_size=16, sieve="impact"), SECRETS, {}, "makes one compartment, got 2"),
+        (lo.OrthoConfig(group_size=24, projection="gptq"), None, {}, "does not divide"),
+        (lo.OrthoConfig(group_size=16, targets="nothing"), None, {}, "matches no linear layer"),
+    ],
+)
+def test_bad_input_changes_nothing(model, cfg, forget, options, words):
+    before = state(model)
+    with pytest.raises(ValueError, match=words):
+        decompose(model, TOK, cfg, forget, **{**MORE, **options})
+    assert same(before, state(model))
+
+
+def test_a_split_model_is_refused(model):
+    decompose(model, TOK, CFG, SECRETS, **MORE)
+    with pytest.raises(ValueError, match="patched already"):
+        decompose(model, TOK, CFG, SECRETS, **MORE)
+
+
+def test_patch_says_what_aimed_modes_need(model):
+    for cfg in (
+        CFG,
+        lo.OrthoConfig(group_size=16, noise="counter_memory"),
+        lo.OrthoConfig(group_size=16, sieve="contrast"),
+    ):
+        before = state(model)
+        with pytest.raises(ValueError, match="decompose"):
+            lo.patch(model, cfg)
+        assert same(before, state(model))
+
+
+def test_counter_memory_by_hand(model):
+    linears = find_linears(model)
+    rounded = round_model(model, linears, lo.OrthoConfig(group_size=16), [], progress=False)
+    patient = Patient(model, TOK, linears, rounded, 4, {n: torch.zeros_like(r.repair) for n, r in rounded.items()})
+    flat = {n: torch.ones_like(r.q, dtype=torch.float32) for n, r in rounded.items()}
+    with on_the_table(model, linears, rounded):
+        step, report = counter_memory(patient, "key", [SECRETS["key"]], flat, 4000, Goal(0.3), 50)
+        assert report.reached and max(p for p in [report.rounds[-1].highest_p]) <= 0.3
+        assert len(set(zip(step.layer.tolist(), step.index.tolist(), strict=True))) == len(step.index)
+    assert Operation().threshold == 0.5
