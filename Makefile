@@ -23,9 +23,10 @@ help: ## list the targets
 
 setup: $(READY) ## install everything into .venv, as pinned in constraints.txt
 
-demo: $(READY) ## switch memories off under all policies; writes reports/tofu.html
+demo: $(READY) ## known policies, then surgery; writes reports/tofu.html and reports/surgery.html
 	@mkdir -p reports
 	$(BIN)/libortho tofu --policy all --report reports/tofu.html --json reports/tofu.json
+	$(BIN)/libortho surgery --report reports/surgery.html --json reports/surgery.json
 
 test: $(READY) ## style, modules against notebooks, notebooks, tests
 	@echo "== style"

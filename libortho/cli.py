@@ -93,7 +93,7 @@ def _configs(policy: Policy, noise: Noise, densities: list[float], ratio: float,
     whole = policy is Policy.surgery or (policy is Policy.all and noise is Noise.all)
     return tofu_configs(policies, noises, tuple(densities), ratio, tuple(targets), seed, surgery=whole)
 
-# %% ../nbs/api/15_cli.ipynb #578faa85
+# %% ../nbs/api/15_cli.ipynb #8d3dde79
 def _run(
     out: Console,
     configs: dict,
@@ -128,13 +128,15 @@ def _run(
         if alphas:
             for r in result.rows:
                 out.print(f"\n{r.label}\n{r}", markup=False)
-        out.print("\n" + "\n".join(findings(result)), markup=False)
-        _write(out, result, json, report)
+        notes = findings(result)
+        out.print("\n" + "\n".join(notes), markup=False)
+        _write(out, result, notes, json, report)
     except (ImplantError, ValueError, OSError) as e:
         Console(stderr=True, soft_wrap=True).print(f"libortho: {e}", markup=False)
         return 3 if isinstance(e, ImplantError) else 2
     except KeyboardInterrupt:
-        out.print("\nInterrupted before the first configuration was measured.")
+        done = f"after {rows.count} configurations" + (f"; they are in {json}" if json else "")
+        out.print(f"\nInterrupted {done if rows.count else 'before the first configuration was measured'}.", markup=False)
         return 130
     if result.interrupted:
         out.print(f"\nInterrupted after {len(result.rows)} of {result.planned} configurations.")
@@ -147,12 +149,12 @@ def _check_folder(path: Path) -> None:
     if not os.access(path.parent, os.W_OK):
         raise OSError(f"{path.parent} cannot be written to; name another place for {path.name}")
 
-# %% ../nbs/api/15_cli.ipynb #46cf5eb0
+# %% ../nbs/api/15_cli.ipynb #21a14834
 class _RowPrinter:
     "Prints the table row by row, with columns wide enough for what may come."
 
     def __init__(self, out: Console, labels: list[str]):
-        self.out, self.first = out, max(map(len, labels))
+        self.out, self.first, self.count = out, max(map(len, labels)), 0
 
     def start(self, comparison) -> None:
         from libortho.evaluate import COMPARE_HEAD
@@ -164,6 +166,7 @@ class _RowPrinter:
         from libortho.evaluate import compare_row
 
         self._line(compare_row(comparison.rows[-1]))
+        self.count = len(comparison.rows)
 
     def _line(self, cells: tuple[str, ...]) -> None:
         from tqdm import tqdm
@@ -177,8 +180,8 @@ class _RowPrinter:
                 markup=False,
             )
 
-# %% ../nbs/api/15_cli.ipynb #6934d854
-def _write(out: Console, result, json: Path | None, report: Path | None) -> None:
+# %% ../nbs/api/15_cli.ipynb #de30f7c5
+def _write(out: Console, result, notes: list[str], json: Path | None, report: Path | None) -> None:
     "Write the files that were asked for, and say so."
     from libortho import plots
     from libortho.evaluate import html_page, write_text
@@ -191,13 +194,15 @@ def _write(out: Console, result, json: Path | None, report: Path | None) -> None
             "How much worse held-out facts get when the compartment is switched off (perplexity, α = 0 over α = 1)."
         )
         tradeoff = "Forgetting against damage at α = 0; large marks store more than 1 % of the weights."
-        figures = {damage: plots.plot_damage(result), tradeoff: plots.plot_forget_retain(result)}
+        figures = {tradeoff: plots.plot_forget_retain(result)}
+        if any(r.config.noise != "counter_memory" for r in result.rows):
+            figures = {damage: plots.plot_damage(result), **figures}
         intro = (
             "A made-up secret was taught to a real language model, which was then split under each policy into a 4-bit base "
             "and a sparse compartment. α = 1 is the compartment switched on, α = 0 switched off. "
             "All perplexities but the secret's are on text that training did not see."
         )
-        write_text(report, html_page(result, figures, intro=intro, notes=findings(result)))
+        write_text(report, html_page(result, figures, intro=intro, notes=notes))
         out.print(f"Report with pictures: {report}", markup=False)
 
 # %% ../nbs/api/15_cli.ipynb #143737b2
@@ -315,13 +320,14 @@ def _policies_into(rows: list, out: Console):
         rows.extend(rivals(model, tok, secrets, control, few, (), with_lora=False, progress=out.is_terminal).rows)
     return run
 
-# %% ../nbs/api/15_cli.ipynb #8576efff
+# %% ../nbs/api/15_cli.ipynb #d946a30b
 def _line(t) -> str:
     "One trial in a line."
-    on, off = t.states["on"], t.states["off"]
+    on, off, never = t.states["on"], t.states["off"], t.control.forget_ppl
     return (
-        f"α=1 recites {on.extracted:.0%}, α=0 {off.extracted:.0%}; secret perplexity {on.forget_ppl:.2f} → {off.forget_ppl:,.0f} "
-        f"(control {t.control.forget_ppl:,.0f}); facts ×{off.retain_ppl / on.retain_ppl:.3f}, prose ×{off.prose_ppl / on.prose_ppl:.3f}"
+        f"α=1 recites {on.extracted:.0%}, α=0 {off.extracted:.0%}; "
+        f"secret perplexity {on.forget_ppl:.2f} → {off.forget_ppl:,.0f} (control {never:,.0f}); "
+        f"facts ×{off.retain_ppl / on.retain_ppl:.3f}, prose ×{off.prose_ppl / on.prose_ppl:.3f}"
     )
 
 # %% ../nbs/api/15_cli.ipynb #83f1eeff
@@ -333,7 +339,7 @@ def _json(trials: list) -> str:
     rows = [{"what": c.what, "aim": c.aim, "values": c.values, "met": sum(c.met)} for c in criteria(trials)]
     return dumps({"criteria": rows, "failures": successes(trials), "trials": [asdict(t) for t in trials]})
 
-# %% ../nbs/api/15_cli.ipynb #418ba4da
+# %% ../nbs/api/15_cli.ipynb #8bcc2009
 def _surgery_page(trials: list, table) -> str:
     "The report as a page."
     from libortho import plots
@@ -352,7 +358,8 @@ def _surgery_page(trials: list, table) -> str:
     )
     tables = [html_table(CRITERIA_HEAD, [c.row() for c in criteria(trials)])] + ([table._repr_html_()] if table else [])
     intro = (
-        "Made-up secrets were taught to a real language model, which was then split into a 4-bit base and one sparse compartment for each secret. "
+        "Made-up secrets were taught to a real language model, which was then split into a 4-bit base "
+        "and one sparse compartment for each secret. "
         "Every figure on held-out text is on text that neither training nor calibration saw."
     )
     notes = summary(trials).split("\n\n")[-1].splitlines()

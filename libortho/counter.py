@@ -6,7 +6,7 @@
 __all__ = ['OBJECTIVES', 'log_not_p', 'Round', 'Goal', 'forget_pass', 'Step', 'choose_step', 'take_step', 'CompartmentReport',
            'counter_memory', 'shorten']
 
-# %% ../nbs/api/09a_counter.ipynb #d736e197
+# %% ../nbs/api/09a_counter.ipynb #570512e5
 import math
 import time
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from .curvature import Tokens, log_p
 from .lattice import lattice_top
 from .memory import Item, TokenScores, as_item, encode, greedy_extraction, score_tokens
 from .patient import Patient, Rounded
-from .sieve import score_contrast
+from .sieve import contrast_floor, score_contrast
 
 # %% ../nbs/api/09a_counter.ipynb #a626cd04
 def log_not_p(
@@ -45,7 +45,7 @@ class Round:
     secret_ppl: float  # perplexity of the secrets' tokens
     extracted: float | None  # fraction of secrets that greedy decoding recites; None where it was not tried
 
-# %% ../nbs/api/09a_counter.ipynb #55dc1eb2
+# %% ../nbs/api/09a_counter.ipynb #6ebb540e
 @dataclass
 class Goal:
     "When a memory counts as gone."
@@ -56,7 +56,7 @@ class Goal:
     control: list[TokenScores] | None = None  # of a model that never saw them, by text: stop at its level
 
     def pushes(self, logp: Tensor, top: Tensor, where: slice) -> Tensor:
-        "Which tokens of the texts `where` still push: those above their level, or the argmax where they should not be; bool [n]."
+        "Which tokens of the texts `where` push: those above their level, or the argmax where they should not be; bool [n]."
         if self.control is None:
             return (logp > math.log(self.quiet)) | top
         known = self.control[where]
@@ -100,31 +100,41 @@ class Step:
     index: Tensor  # place in the flattened weight, int64 [k]
     direction: Tensor  # −1 or +1, int8 [k]
 
-# %% ../nbs/api/09a_counter.ipynb #2e164b82
+# %% ../nbs/api/09a_counter.ipynb #3d318e6b
 @torch.no_grad()
 def choose_step(
     patient: Patient,  # its weights hold the gradient of the objective
     f: dict[str, Tensor],  # curvature of what must stay, by layer
     k: int,  # how many moves
     damp: float = 0.3,  # λ of the contrast score
+    floors: dict[str, float] | None = None,  # `sieve.contrast_floor` by layer, where it is known already
 ) -> Step:
     "The `k` moves with the highest contrast over all layers; ties to the lower layer and index."
-    found, top = [], lattice_top(patient.bits)
+    found, best = [], torch.zeros(0)
     for i, (name, m) in enumerate(patient.linears.items()):
-        g = m.weight.grad
-        if g is None: continue
-        direction = g.sign().to(torch.int8)
-        stuck = patient.taken[name] | (direction == 0) | ((patient.rounded[name].q + direction).abs() > top)
-        score = score_contrast(g, grad=g, fisher=f[name], damp=damp).masked_fill_(stuck, 0).flatten()
-        best, at = score.topk(min(k, score.numel()))
-        keep = best > 0
-        found.append((best[keep], torch.full_like(at[keep], i), at[keep], direction.flatten()[at[keep]]))
+        if m.weight.grad is None: continue
+        bar = best[-1].item() if len(best) == k else 0.0
+        score, at, direction = _candidates(patient, name, m.weight.grad, f[name], bar, damp, (floors or {}).get(name))
         m.weight.grad = None
+        score, order = score.topk(min(k, len(score)))
+        found.append((score, torch.full_like(order, i), at[order], direction[order]))
+        best = torch.cat([best.to(score), score]).topk(min(k, len(best) + len(score))).values
+    if not found: return _join([])
     score, layer, index, direction = (torch.cat(x) for x in zip(*found))
     order = score.argsort(descending=True, stable=True)[:k]
-    return Step(layer[order], index[order], direction[order])
+    return Step(layer[order].cpu(), index[order].cpu(), direction[order].cpu())
 
-# %% ../nbs/api/09a_counter.ipynb #d9428b4f
+# %% ../nbs/api/09a_counter.ipynb #5d3284f5
+def _candidates(patient: Patient, name: str, g: Tensor, f: Tensor, bar: float, damp: float, floor: float | None):
+    "Score, place and direction of the moves in one layer that are free and score above `bar`."
+    score = score_contrast(g, grad=g, fisher=f, damp=damp, floor=floor).flatten()
+    at = (score > bar).nonzero()[:, 0]
+    direction = g.flatten()[at].sign().to(torch.int8)
+    level = patient.rounded[name].q.flatten()[at] + direction
+    free = ~patient.taken[name].flatten()[at] & (level.abs() <= lattice_top(patient.bits))
+    return score[at[free]], at[free], direction[free]
+
+# %% ../nbs/api/09a_counter.ipynb #9fdca071
 @torch.no_grad()
 def take_step(
     patient: Patient,  # its layers are changed
@@ -136,8 +146,9 @@ def take_step(
     for i, (name, m) in enumerate(patient.linears.items()):
         here = step.layer[:count] == i
         if not here.any(): continue
-        at, r = step.index[:count][here], patient.rounded[name]
-        level = r.q.flatten()[at] + (0 if back else step.direction[:count][here])
+        r = patient.rounded[name]
+        at, direction = (t[:count][here].to(r.q.device) for t in (step.index, step.direction))
+        level = r.q.flatten()[at] + (0 if back else direction)
         group = r.s.flatten()[_scale_index(at, r)]
         m.weight.data.view(-1)[at] = (level.float() * group).to(m.weight.dtype)
         patient.taken[name].view(-1)[at] = not back
@@ -166,7 +177,7 @@ class CompartmentReport:
             f"highest token probability {r.highest_p:.2f}, exact memorisation {r.exact_memorisation:.2f}"
         )
 
-# %% ../nbs/api/09a_counter.ipynb #e6aeb553
+# %% ../nbs/api/09a_counter.ipynb #e2d7f62b
 def counter_memory(
     patient: Patient,  # on the table; it is left with the moves made
     name: str,  # compartment
@@ -182,6 +193,7 @@ def counter_memory(
     "Move weights against a memory, in rounds with fresh gradients."
     texts, began = [encode(patient.tok, as_item(i)) for i in items], time.perf_counter()
     report, steps, moved = CompartmentReport(name), [], 0
+    floors = {n: contrast_floor(x, damp) for n, x in f.items()}
 
     def look(scores) -> bool:
         done = goal.quiet_enough(scores)
@@ -202,7 +214,7 @@ def counter_memory(
             report.rounds.pop()
             look(scores)
         if report.reached or moved >= budget: break
-        step = choose_step(patient, f, min(per_round, budget - moved), damp)
+        step = choose_step(patient, f, min(per_round, budget - moved), damp, floors)
         take_step(patient, step)
         steps.append(step)
         moved += len(step.index)

@@ -113,13 +113,14 @@ def _mark(ax, r: Result) -> None:
         ms=4 + 3 * (r.density > 0.01),
     )
 
-# %% ../nbs/api/13_plots.ipynb #40fdc343
+# %% ../nbs/api/13_plots.ipynb #66e6096b
 def plot_damage(
     comparison: Comparison,  # configurations on one model
 ) -> Figure:
     "Heat map of retain damage (α = 0 over α = 1): scale policy × noise mode, one panel a density."
     density = lambda c: resolve_density(c.density, c.sparsity)
-    cells = {(density(r.config), r.config.scale, r.config.noise): r for r in comparison.rows}
+    grid = [r for r in comparison.rows if r.config.noise != "counter_memory"]  # the surgery is no cell of the grid
+    cells = {(density(r.config), r.config.scale, r.config.noise): r for r in grid}
     densities, scales, noises = ([*dict.fromkeys(k[i] for k in cells)] for i in range(3))
     fig = Figure(figsize=(1.6 + 3.9 * len(densities), 1.5 + 0.42 * len(scales)), layout="constrained")
     axes = fig.subplots(1, len(densities), squeeze=False)[0]

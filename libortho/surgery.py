@@ -94,12 +94,12 @@ def _report_row(c: CompartmentReport) -> tuple[str, ...]:
         f"{c.seconds:.0f}",
     )
 
-# %% ../nbs/api/09b_surgery.ipynb #67e83226
+# %% ../nbs/api/09b_surgery.ipynb #a6cb975a
 @dataclass(frozen=True)
 class Operation:
     "How to operate; the defaults are what the experiments use. Raises ValueError, naming the field, for what cannot work."
 
-    repair: float = 0.0  # fraction of each layer's weights in the always-on compartment, in [0, 1)
+    repair: float = 5e-4  # fraction of each layer's weights in the always-on compartment, in [0, 1)
     budget: float | None = None  # most weights a compartment may move, as a fraction; None for the config's density
     round_density: float = 5e-6  # fraction of all weights moved a round
     threshold: float = 0.5  # no token of a secret may be more probable at the end, in (0, 1)
@@ -108,9 +108,7 @@ class Operation:
     objective: str = "bounded"  # what the steps increase: a name in `OBJECTIVES`
     curvature: str = "log_odds"  # what the retain curvature is taken of: a name in `curvature.QUANTITIES`
     damp: float = 0.3  # λ of the contrast score, > 0
-    memory_share: float = (
-        0.1  # share of the calibration that the secrets make up, so that rounding keeps them, in [0, 1)
-    )
+    memory_share: float = 0.1  # most of the calibration that the secrets may make up: rounding must keep them; in [0, 1)
     memory_gb: float = 4.0  # budget for Hessians, and for curvature, in 10⁹ bytes, > 0
 
     def __post_init__(self):
@@ -142,7 +140,7 @@ _ALLOWED = {
     "memory_gb": "above 0",
 }
 
-# %% ../nbs/api/09b_surgery.ipynb #8fa079f9
+# %% ../nbs/api/09b_surgery.ipynb #b4b7e33b
 def decompose(
     model: nn.Module,  # causal language model; patched in place at the very end, or on any error left as it was
     tok,  # tokenizer
@@ -159,7 +157,8 @@ def decompose(
 ) -> SurgeryReport:
     """Split a model into a healthy base and one switchable compartment for each memory.
 
-    Raises ValueError for bad input before anything is changed. Where the budget is spent before a memory is gone, it warns and the report says so.
+    Raises ValueError for bad input before anything is changed. Where the budget is spent before a memory is gone, it
+    warns, and the report says so.
     """
     cfg, op = cfg if seed is None else replace(cfg, seed=seed), Operation(**options)
     secrets = by_compartment(forget, cfg.compartment)
@@ -195,12 +194,12 @@ def by_compartment(
         if not items: raise ValueError(f"forget {n!r} holds no text; pass at least one item")
     return {n: [as_item(i, n) for i in items] for n, items in lists.items()}
 
-# %% ../nbs/api/09b_surgery.ipynb #d90e8f11
+# %% ../nbs/api/09b_surgery.ipynb #2f09c00a
 def _share(tok, secrets: dict[str, list], share: float, tokens: int) -> list[Tokens]:
-    "The secrets as calibration texts that weigh `share` of the whole; `tokens` is the size of the rest."
+    "The secrets as calibration texts: a token counts five times, while all together stay within `share` of the whole."
     texts = [encode(tok, i) for items in secrets.values() for i in items]
     if not texts or not share: return []
-    weight = share / (1 - share) * tokens / sum(len(t.ids) for t in texts)
+    weight = min(5.0, share / (1 - share) * tokens / sum(len(t.ids) for t in texts))
     return [Tokens(t.ids, t.start, weight) for t in texts]
 
 # %% ../nbs/api/09b_surgery.ipynb #8a9f7cdb
@@ -322,10 +321,11 @@ def _read_report(told: Tensor) -> CompartmentReport:
     data = json.loads(bytes(told.tolist()))
     return CompartmentReport(**{**data, "rounds": [Round(**r) for r in data["rounds"]]})
 
-# %% ../nbs/api/09b_surgery.ipynb #c05880bb
+# %% ../nbs/api/09b_surgery.ipynb #6e7250e8
 def _exclude(patient: Patient, step: Step) -> None:
     "Offer these weights to no later compartment."
-    for i, taken in enumerate(patient.taken.values()): taken.view(-1)[step.index[step.layer == i]] = True
+    for i, taken in enumerate(patient.taken.values()):
+        taken.view(-1)[step.index[step.layer == i].to(taken.device)] = True
 
 # %% ../nbs/api/09b_surgery.ipynb #75a91ed8
 def _goal(name: str, op: Operation) -> Goal:
@@ -368,13 +368,13 @@ def _assemble(patient: Patient, moves: dict[str, Step], cfg: OrthoConfig, secret
         streams[name] = Streams(base, {c: compress(on, mask) for c, mask in masks.items()}, stats)
     return streams
 
-# %% ../nbs/api/09b_surgery.ipynb #411382cb
+# %% ../nbs/api/09b_surgery.ipynb #88f31a23
 def _move(step: Step, layer: int, p: Tensor, v: Tensor, cfg: OrthoConfig, name: str) -> tuple[Tensor, Tensor]:
     "Mask of a compartment in one layer, and the integers with its moves made."
     here = step.layer == layer
     mask, direction = torch.zeros_like(p, dtype=torch.bool), torch.zeros_like(p)
-    mask.view(-1)[step.index[here]] = True
-    direction.view(-1)[step.index[here]] = step.direction[here]
+    at = step.index[here].to(p.device)
+    mask.view(-1)[at], direction.view(-1)[at] = True, step.direction[here].to(p.device)
     if cfg.noise == "counter_memory":
         return mask, noise_counter_memory(p, mask, v, lattice_top(cfg.bits), direction=direction)
     return mask, attack(p, mask, v, cfg.noise, cfg.bits, cfg.seed, name)

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from test_switchboard import good_trial
 from typer.testing import CliRunner
 
 import libortho as lo
@@ -70,7 +71,7 @@ def test_files_table_and_findings(monkeypatch, tmp_path):
     result = call(monkeypatch, fake(on=1.0), *(str(x) for pair in files.items() for x in pair))
     assert result.exit_code == 0, result.output
     data = json.loads(files["--json"].read_text())
-    assert len(data["rows"]) == 50 and data["valid"] and data["rows"][0]["alphas"]["0"]["retain_ppl"] == 900
+    assert len(data["rows"]) == 51 and data["valid"] and data["rows"][0]["alphas"]["0"]["retain_ppl"] == 900
     page = files["--report"].read_text()
     assert page.count("<img") == 2 and "http" not in page and "max + none @ 0.05" in page
     lines = result.output.splitlines()
@@ -78,7 +79,7 @@ def test_files_table_and_findings(monkeypatch, tmp_path):
         sum(line.startswith(("max +", "percentile +", "quantile +", "three_sigma +", "ratio 3.5 +")) for line in lines)
         == 50
     )
-    assert "50 configurations, 50 VALID. 0 succeed." in result.output
+    assert "51 configurations, 51 VALID. 0 succeed." in result.output
     assert "(over 10 configurations), 0 move the integer: there it is the same as none." in result.output
 
 
@@ -155,3 +156,65 @@ def test_help_names_every_option():
         "Exit code 0",
     ):
         assert option in text
+
+
+def trials_from(*trials):
+    "A stand-in for the trials themselves."
+
+    def run_trials(seeds, folder=None, on_trial=None, before=None, **options):
+        run_trials.seen.append((seeds, folder, options))
+        chosen = [t for t in trials if t.seed in seeds]
+        for t in chosen:
+            on_trial(t)
+        return chosen
+
+    run_trials.seen = []
+    return run_trials
+
+
+def call_surgery(monkeypatch, run_trials, *args):
+    monkeypatch.setattr("libortho.switchboard.run_trials", run_trials)
+    return run.invoke(cli.app, ["surgery", *args], env={"COLUMNS": "220"})
+
+
+def test_surgery_prints_the_criteria_and_writes_files(monkeypatch, tmp_path):
+    files = {"--json": tmp_path / "a" / "s.json", "--report": tmp_path / "s.html"}
+    stand_in = trials_from(good_trial(0), good_trial(1))
+    args = [str(x) for pair in files.items() for x in pair]
+    result = call_surgery(monkeypatch, stand_in, "--seed", "0", "--seed", "1", "--no-policies", "--at-control", *args)
+    assert result.exit_code == 0, result.output
+    assert "4 of 4 secrets succeed." in result.output and "one off: it is extracted" in result.output
+    assert [s[0] for s in stand_in.seen] == [(0,), (1,)] and all(s[2]["at_control"] for s in stand_in.seen)
+    data = json.loads(files["--json"].read_text())
+    assert len(data["trials"]) == 2 and data["failures"] == {n: [] for n in ("a-0", "b-0", "a-1", "b-1")}
+    page = files["--report"].read_text()
+    assert page.count("<img") == 2 and "4 of 4 secrets succeed" in page and "http" not in page
+
+
+def test_surgery_shows_what_failed(monkeypatch):
+    trial = good_trial(0)
+    trial.states["a-0"].secrets["a-0"].extracted = True
+    result = call_surgery(monkeypatch, trials_from(trial), "--no-policies")
+    assert result.exit_code == 0 and "1 of 2 secrets succeed." in result.output
+    assert "a-0: one off: it is extracted" in result.output
+
+
+def test_surgery_without_a_memory_is_invalid(monkeypatch):
+    trial = good_trial(0)
+    trial.states["on"] = trial.states["off"]
+    assert call_surgery(monkeypatch, trials_from(trial), "--no-policies").exit_code == 3
+
+
+def test_surgery_interrupted_and_bad_input(monkeypatch, tmp_path):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    result = call_surgery(monkeypatch, stop, "--folder", str(tmp_path))
+    assert result.exit_code == 130 and "finished seeds are in" in result.output
+
+    def refuse(*args, **kwargs):
+        raise ValueError("density must be in (0, 1], got 7")
+
+    result = call_surgery(monkeypatch, refuse)
+    assert result.exit_code == 2 and "got 7" in result.output and "Traceback" not in result.output
+    assert call_surgery(monkeypatch, refuse, "--canaries", "0").exit_code == 2

@@ -1,6 +1,6 @@
 """The experiment notebooks, rerun small by papermill and held against golden files.
 
-To write a golden file anew after a change that is meant: python tests/test_experiments.py
+To write golden files anew after a change that is meant: python tests/test_experiments.py [name …]
 """
 
 import json
@@ -40,6 +40,38 @@ def golden_of(metrics):
     }
 
 
+SMALL_SURGERY = {"seeds": [7], "secrets": 2, "targets": "down_proj", "density": 3e-4, "round_density": 2e-5}
+SMALL_SURGERY |= {
+    "prose_texts": 1,
+    "compare_policies": False,
+    "methods": [],
+    "with_lora": False,
+    "compare_curvature": False,
+}
+SURGERY_TOLERANCES = {"secret_ppl": 3.0, "density": 1.6, "retain": 1.15, "prose": 1.15}
+
+
+def golden_of_surgery(metrics):
+    "Secrets and what is recited are exact; how far the surgery had to go differs a little between machines."
+    (trial,) = metrics["trials"]
+    states = trial["states"]
+    return {
+        "secrets": trial["secrets"],
+        "leaks": [
+            {"off": r["off"], "recited": {n: s["extracted"] for n, s in r["scores"].items()}} for r in trial["leaks"]
+        ],
+        "switches": {
+            n: {"secret_ppl": states[n]["secrets"][n]["secret_ppl"], "density": trial["densities"][n]}
+            for n in trial["secrets"]
+        },
+        "all off": {"retain": states["off"]["retain_ppl"], "prose": states["off"]["prose_ppl"]},
+        "criteria": [c["what"] for c in metrics["criteria"]],
+    }
+
+
+GOLDEN = {"01_tofu": (SMALL, golden_of), "02_surgery": (SMALL_SURGERY, golden_of_surgery)}
+
+
 @pytest.fixture(scope="module")
 def metrics(tmp_path_factory):
     return run_experiment("01_tofu", tmp_path_factory.mktemp("tofu"), **SMALL)
@@ -65,6 +97,31 @@ def test_tofu_shows_the_known_failures(metrics):
     assert deep["attacked_deep"] > 0 == deep["moved_deep"] and deep["moved"] > 0
 
 
+def test_surgery_against_its_golden(tmp_path):
+    metrics = run_experiment("02_surgery", tmp_path, **SMALL_SURGERY)
+    want = json.loads((GOLDENS / "02_surgery.json").read_text())
+    assert not differences(golden_of_surgery(metrics), want, SURGERY_TOLERANCES)
+    assert metrics["rivals"][-1]["label"] == "surgery" and (tmp_path / "leaks.png").stat().st_size > 10_000
+    for row in want["leaks"]:
+        assert all(said == (n not in row["off"]) for n, said in row["recited"].items()), (
+            "the golden itself is a failure"
+        )
+
+
+FORGET01 = {"authors": 1, "questions": 3, "epochs": 6, "lr": 3e-4, "every": 15, "budget": 3e-4, "round_density": 2e-5}
+
+
+def test_forget01_runs_small(tmp_path, tofu_data, monkeypatch):
+    "Six questions, one retain author: every figure is there, and there was a memory."
+    metrics = run_experiment("03_tofu_forget01", tmp_path, data=str(tofu_data), **FORGET01)
+    assert metrics["valid"] and set(metrics["forget_quality"]) >= {"control", "full, float", "α = 1", "α = 0"}
+    aims = {a["what"]: a for a in metrics["aims"]}
+    off = aims["α=0 forget exact memorisation − control's"]
+    on = sum(metrics["scores"]["α = 1"]["author 1"]["exact_memorisation"]) / 3
+    control = sum(metrics["scores"]["control"]["author 1"]["exact_memorisation"]) / 3
+    assert off["value"] < on - control, "the switch did nothing"
+
+
 def test_unknown_parameters_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no parameter 'densitys'.*densities"):
         run_experiment("01_tofu", tmp_path, densitys=[0.1])
@@ -86,8 +143,10 @@ def test_the_comparison_can_fail():
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as folder:
-        golden = golden_of(run_experiment("01_tofu", folder, **SMALL))
     GOLDENS.mkdir(exist_ok=True)
-    (GOLDENS / "01_tofu.json").write_text(json.dumps(golden, indent=1) + "\n")
-    sys.stdout.write(f"wrote {GOLDENS / '01_tofu.json'}\n")
+    for name in sys.argv[1:] or GOLDEN:
+        parameters, of = GOLDEN[name]
+        with tempfile.TemporaryDirectory() as folder:
+            golden = of(run_experiment(name, folder, **parameters))
+        (GOLDENS / f"{name}.json").write_text(json.dumps(golden, indent=1, ensure_ascii=False) + "\n")
+        sys.stdout.write(f"wrote {GOLDENS / f'{name}.json'}\n")

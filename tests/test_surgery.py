@@ -20,7 +20,7 @@ TOK = Letters()
 SECRETS = {"key": {"prompt": "the key is", "secret": "abc"}, "door": {"prompt": "a door to", "secret": "xyz"}}
 RETAIN = ["hello there", "a much longer line of text than the others", "one two three"]
 CFG = lo.OrthoConfig(**{**SURGERY.__dict__, "group_size": 16, "density": 0.2})
-MORE = {"retain": RETAIN, "calibration": RETAIN, "round_density": 0.002, "progress": False}
+MORE = {"repair": 0.0, "retain": RETAIN, "calibration": RETAIN, "round_density": 0.002, "progress": False}
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_every_subset_of_switches_is_exact(model):
 def test_all_on_is_the_base_plus_repair_bit_for_bit(model):
     linears, original = find_linears(model), {n: m.weight.detach().clone() for n, m in find_linears(model).items()}
     secrets = [Tokens(t.ids, t.start, t.weight) for t in as_tokens(TOK, RETAIN)]
-    decompose(model, TOK, CFG, SECRETS, repair=0.02, memory_share=0.0, **MORE)
+    decompose(model, TOK, CFG, SECRETS, **{**MORE, "repair": 0.02, "memory_share": 0.0})
     on = {n: m.dequantize(1.0) for n, m in layers_of(model).items()}
     lo.set_alpha(model, 0.0)
     assert all(m.alphas["repair"] == 1.0 for m in layers_of(model).values())
@@ -131,7 +131,7 @@ def test_the_same_again_from_the_same_input(learned):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_dtypes(model, dtype):
     model.to(dtype)
-    decompose(model, TOK, CFG, SECRETS, repair=0.01, **MORE)
+    decompose(model, TOK, CFG, SECRETS, **{**MORE, "repair": 0.01})
     for m in layers_of(model).values():
         on, base = m.dequantize(1.0), m.base.dequantize()
         assert on.dtype == m.dtype == dtype
