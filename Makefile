@@ -36,7 +36,7 @@ test: $(READY) ## style, modules against notebooks, notebooks, tests
 	@echo "== notebooks"
 	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test
 	@echo "== tests"
-	@$(BIN)/python -m pytest tests
+	@$(BIN)/python -m pytest tests -m "not slow"
 
 lab: $(READY) ## open the notebooks in JupyterLab, which cleans them as it saves
 	@cd nbs && ../$(BIN)/jupyter lab --ContentsManager.pre_save_hook=nbdev.clean.clean_jupyter \

@@ -6,7 +6,7 @@
 __all__ = ['UNLEARN', 'ascent_loss', 'difference_loss', 'npo_loss', 'secret_logp', 'train_away', 'dampen', 'negate',
            'strongest_within', 'with_adapter']
 
-# %% ../nbs/api/09c_baselines.ipynb #03ee5169
+# %% ../nbs/api/09c_baselines.ipynb #097c07d2
 from collections.abc import Callable, Iterator
 
 import torch
@@ -18,22 +18,22 @@ from .linear import find_linears
 from .memory import Item, _token_losses, answer_loss, as_items, encode
 from .patient import as_tokens
 
-# %% ../nbs/api/09c_baselines.ipynb #502c0bdf
+# %% ../nbs/api/09c_baselines.ipynb #03c70a99
 def ascent_loss(model: nn.Module, forget: list[Tokens], retain: list[Tokens], start: Tensor) -> Tensor:
     "−loss on the secrets."
     return -answer_loss(model, forget)
 
-# %% ../nbs/api/09c_baselines.ipynb #9e745903
+# %% ../nbs/api/09c_baselines.ipynb #cd175234
 def difference_loss(model: nn.Module, forget: list[Tokens], retain: list[Tokens], start: Tensor) -> Tensor:
     "Loss on retain text − loss on the secrets."
     return answer_loss(model, retain) - answer_loss(model, forget)
 
-# %% ../nbs/api/09c_baselines.ipynb #5b684c50
+# %% ../nbs/api/09c_baselines.ipynb #382f67c8
 def npo_loss(model: nn.Module, forget: list[Tokens], retain: list[Tokens], start: Tensor, beta: float = 0.1) -> Tensor:
     "Negative preference optimisation; `start` is the log-probability of each secret before the first step."
     return 2 / beta * F.softplus(beta * (secret_logp(model, forget) - start)).mean()
 
-# %% ../nbs/api/09c_baselines.ipynb #8eeeaa18
+# %% ../nbs/api/09c_baselines.ipynb #d60d0370
 def secret_logp(
     model: nn.Module,  # causal language model
     texts: list[Tokens],  # secrets
@@ -43,10 +43,10 @@ def secret_logp(
     starts = torch.tensor([t.start for t in texts], device=losses.device)
     return -(losses * (torch.arange(losses.shape[1], device=losses.device) >= starts[:, None] - 1)).sum(1)
 
-# %% ../nbs/api/09c_baselines.ipynb #fff1f734
+# %% ../nbs/api/09c_baselines.ipynb #7fdd31ed
 UNLEARN: dict[str, Callable] = {"GradAscent": ascent_loss, "GradDiff": difference_loss, "NPO": npo_loss}
 
-# %% ../nbs/api/09c_baselines.ipynb #14176973
+# %% ../nbs/api/09c_baselines.ipynb #320516d6
 def train_away(
     model: nn.Module,  # causal language model that knows the secrets, changed in place
     tok,  # tokenizer
@@ -71,7 +71,7 @@ def train_away(
         optimiser.zero_grad(set_to_none=True)
         yield step
 
-# %% ../nbs/api/09c_baselines.ipynb #5e338459
+# %% ../nbs/api/09c_baselines.ipynb #af4ba550
 def dampen(
     model: nn.Module,  # causal language model that knows the secrets, changed in place
     tok,  # tokenizer
@@ -93,7 +93,7 @@ def dampen(
                 m.weight.copy_(torch.where(hot[n] > selection * cold[n], start[n] * shrink, start[n]))
         yield selection
 
-# %% ../nbs/api/09c_baselines.ipynb #ae05730c
+# %% ../nbs/api/09c_baselines.ipynb #17858402
 def negate(
     model: nn.Module,  # causal language model that knows the secrets, changed in place
     tok,  # tokenizer
@@ -130,25 +130,27 @@ def negate(
                 p.copy_(s - scale * v)
         yield scale
 
-# %% ../nbs/api/09c_baselines.ipynb #59684fb7
+# %% ../nbs/api/09c_baselines.ipynb #69f0a299
 def strongest_within(
     model: nn.Module,  # changed in place by `states`, left at the best of them
     states: Iterator[float],  # strengths, from gentle to strong; each changes the model when it is drawn
     damage: Callable[[], float],  # how much the rest has suffered
     gate: float,  # most damage that is allowed
-) -> tuple[float, float]:  # strength and damage of the state the model is left in; (0, 1) if no state was within
+) -> tuple[float, float, bool]:  # strength and damage of the state the model is left in, and if the next was too strong
     "Turn a method up until the rest has suffered more than the gate allows, and go back one state."
-    best, kept = (0.0, 1.0), [p.detach().clone() for p in model.parameters()]
+    best, crossed, kept = (0.0, 1.0), False, [p.detach().clone() for p in model.parameters()]
     for strength in states:
         now = damage()
-        if not now <= gate: break
+        if not now <= gate:
+            crossed = True
+            break
         best = (float(strength), now)
         for k, p in zip(kept, model.parameters()): k.copy_(p.detach())
     with torch.no_grad():
         for k, p in zip(kept, model.parameters()): p.copy_(k)
-    return best
+    return *best, crossed
 
-# %% ../nbs/api/09c_baselines.ipynb #7eff0bdb
+# %% ../nbs/api/09c_baselines.ipynb #e615b3a9
 def with_adapter(
     model: nn.Module,  # causal language model, frozen and wrapped in place
     rank: int = 8,  # rank of the adapter

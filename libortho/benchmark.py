@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['answers', 'AnswerScores', 'rouge_recall', 'score_answers', 'model_utility', 'forget_quality']
 
-# %% ../nbs/api/10a_benchmark.ipynb #82eaff6d
+# %% ../nbs/api/10a_benchmark.ipynb #9e47693b
 import math
 from dataclasses import dataclass
 from statistics import harmonic_mean
@@ -41,7 +41,7 @@ def answers(
         for row, i in zip(said, chunk): out[i] = tok.decode(row[:lengths[i]], skip_special_tokens=True)
     return out
 
-# %% ../nbs/api/10a_benchmark.ipynb #8c10f05d
+# %% ../nbs/api/10a_benchmark.ipynb #18f2adb0
 @dataclass
 class AnswerScores:
     "One set of questions; the lists have one value a question."
@@ -73,7 +73,7 @@ def rouge_recall(
     "ROUGE-L recall: the longest common subsequence, as a fraction of the reference (Lin 2004)."
     return RougeScorer(["rougeL"], use_stemmer=True).score(reference, said)["rougeL"].recall
 
-# %% ../nbs/api/10a_benchmark.ipynb #8859e0de
+# %% ../nbs/api/10a_benchmark.ipynb #0d24d0e2
 def score_answers(
     model: nn.Module,  # causal language model
     tok,  # tokenizer
@@ -121,7 +121,7 @@ def model_utility(
     parts = [x for s in scores for x in (s.mean("probability"), s.mean("rouge"), s.truth)]
     return harmonic_mean([x for x in parts if not math.isnan(x)])
 
-# %% ../nbs/api/10a_benchmark.ipynb #04c12271
+# %% ../nbs/api/10a_benchmark.ipynb #37ca29b1
 def forget_quality(
     scores: AnswerScores,  # the model's, on the forget set
     control: AnswerScores,  # the control's, on the same questions

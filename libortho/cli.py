@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Policy', 'Noise', 'app', 'tofu', 'findings', 'surgery', 'main']
 
-# %% ../nbs/api/15_cli.ipynb #dc990e68
+# %% ../nbs/api/15_cli.ipynb #34ba91b6
 import os
 from dataclasses import asdict
 from enum import Enum
@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-# %% ../nbs/api/15_cli.ipynb #14aad8c4
+# %% ../nbs/api/15_cli.ipynb #b5fee04f
 Policy = Enum(
     "Policy",
     {p: p for p in ("all", "max", "percentile", "quantile", "three_sigma", "ratio", "mse", "surgery")},
@@ -31,7 +31,7 @@ app = typer.Typer(
 def _root() -> None:
     "A 4-bit language model whose memories sit on switches."
 
-# %% ../nbs/api/15_cli.ipynb #8cda3f2e
+# %% ../nbs/api/15_cli.ipynb #af2d337c
 @app.command()
 def tofu(
     policy: Annotated[
@@ -85,7 +85,7 @@ def tofu(
         raise typer.BadParameter(str(e)) from None
     raise typer.Exit(_run(out, configs, model, canary, tuple(alpha or ()), seed, json, report))
 
-# %% ../nbs/api/15_cli.ipynb #ac39defd
+# %% ../nbs/api/15_cli.ipynb #c203666a
 def _configs(policy: Policy, noise: Noise, densities: list[float], ratio: float, targets: list[str], seed: int) -> dict:
     from libortho.evaluate import NOISE_MODES, POLICIES, tofu_configs
     policies = POLICIES if policy is Policy.all else () if policy is Policy.surgery else (policy.value,)
@@ -93,7 +93,7 @@ def _configs(policy: Policy, noise: Noise, densities: list[float], ratio: float,
     whole = policy is Policy.surgery or (policy is Policy.all and noise is Noise.all)
     return tofu_configs(policies, noises, tuple(densities), ratio, tuple(targets), seed, surgery=whole)
 
-# %% ../nbs/api/15_cli.ipynb #8d3dde79
+# %% ../nbs/api/15_cli.ipynb #578faa85
 def _run(
     out: Console,
     configs: dict,
@@ -136,7 +136,9 @@ def _run(
         return 3 if isinstance(e, ImplantError) else 2
     except KeyboardInterrupt:
         done = f"after {rows.count} configurations" + (f"; they are in {json}" if json else "")
-        out.print(f"\nInterrupted {done if rows.count else 'before the first configuration was measured'}.", markup=False)
+        out.print(
+            f"\nInterrupted {done if rows.count else 'before the first configuration was measured'}.", markup=False
+        )
         return 130
     if result.interrupted:
         out.print(f"\nInterrupted after {len(result.rows)} of {result.planned} configurations.")
@@ -149,7 +151,7 @@ def _check_folder(path: Path) -> None:
     if not os.access(path.parent, os.W_OK):
         raise OSError(f"{path.parent} cannot be written to; name another place for {path.name}")
 
-# %% ../nbs/api/15_cli.ipynb #21a14834
+# %% ../nbs/api/15_cli.ipynb #46cf5eb0
 class _RowPrinter:
     "Prints the table row by row, with columns wide enough for what may come."
 
@@ -180,7 +182,7 @@ class _RowPrinter:
                 markup=False,
             )
 
-# %% ../nbs/api/15_cli.ipynb #de30f7c5
+# %% ../nbs/api/15_cli.ipynb #6934d854
 def _write(out: Console, result, notes: list[str], json: Path | None, report: Path | None) -> None:
     "Write the files that were asked for, and say so."
     from libortho import plots
@@ -233,7 +235,7 @@ def findings(
 def _which(rows: list) -> str:
     return f" (scales: {', '.join(dict.fromkeys(r.config.scale for r in rows))})" if rows else ""
 
-# %% ../nbs/api/15_cli.ipynb #c89203ad
+# %% ../nbs/api/15_cli.ipynb #0963d57d
 @app.command()
 def surgery(
     seed: Annotated[
@@ -266,14 +268,16 @@ def surgery(
     Exit code 0: the experiment is VALID (α = 1 recites at least 90 % of the secrets, the control none); 3: INVALID;
     2: bad input; 130: interrupted, with the finished seeds written where --folder is given.
     """
+    from libortho.memory import ImplantError
+
     out = Console(soft_wrap=True, highlight=False)
     try:
         for path in filter(None, (json, report)):
             _check_folder(path)
         code = _surgery(out, tuple(seed or [0]), canaries, model, at_control, policies, folder, json, report)
-    except (ValueError, OSError) as e:
+    except (ImplantError, ValueError, OSError) as e:
         Console(stderr=True, soft_wrap=True).print(f"libortho: {e}", markup=False)
-        code = 2
+        code = 3 if isinstance(e, ImplantError) else 2
     except KeyboardInterrupt:
         out.print(
             "\nInterrupted"
@@ -282,7 +286,7 @@ def surgery(
         code = 130
     raise typer.Exit(code)
 
-# %% ../nbs/api/15_cli.ipynb #c1ac7834
+# %% ../nbs/api/15_cli.ipynb #b23a824a
 def _surgery(
     out: Console, seeds: tuple, n: int, model: str, at_control: bool, policies: bool, folder, json, report
 ) -> int:
@@ -300,6 +304,8 @@ def _surgery(
     table = Comparison(first.control, first.reference, [*rows, first.result()], len(rows) + 1)
     if rows:
         out.print(f"\n{table}", markup=False)
+    elif policies:
+        out.print(f"\nSeed {first.seed} was read from {folder}: the policies that look at size were not run on it.")
     out.print("\n" + summary(trials), markup=False)
     if json:
         write_text(json, _json(trials))
@@ -310,7 +316,7 @@ def _surgery(
     on, control = ([m.extracted for m in ms] for ms in ([t.states["on"] for t in trials], [t.control for t in trials]))
     return 0 if min(on) >= 0.9 and max(control) == 0 else 3
 
-# %% ../nbs/api/15_cli.ipynb #18f2c09f
+# %% ../nbs/api/15_cli.ipynb #18fdb175
 def _policies_into(rows: list, out: Console):
     "A function that fills `rows` with the policies that look at size, on the model before the operation."
     def run(model, tok, control, secrets):
@@ -320,7 +326,7 @@ def _policies_into(rows: list, out: Console):
         rows.extend(rivals(model, tok, secrets, control, few, (), with_lora=False, progress=out.is_terminal).rows)
     return run
 
-# %% ../nbs/api/15_cli.ipynb #d946a30b
+# %% ../nbs/api/15_cli.ipynb #b456f5d4
 def _line(t) -> str:
     "One trial in a line."
     on, off, never = t.states["on"], t.states["off"], t.control.forget_ppl
@@ -330,7 +336,7 @@ def _line(t) -> str:
         f"facts ×{off.retain_ppl / on.retain_ppl:.3f}, prose ×{off.prose_ppl / on.prose_ppl:.3f}"
     )
 
-# %% ../nbs/api/15_cli.ipynb #83f1eeff
+# %% ../nbs/api/15_cli.ipynb #114809cb
 def _json(trials: list) -> str:
     "All trials and the criteria, as JSON text."
     from libortho.evaluate import dumps
@@ -339,7 +345,7 @@ def _json(trials: list) -> str:
     rows = [{"what": c.what, "aim": c.aim, "values": c.values, "met": sum(c.met)} for c in criteria(trials)]
     return dumps({"criteria": rows, "failures": successes(trials), "trials": [asdict(t) for t in trials]})
 
-# %% ../nbs/api/15_cli.ipynb #8bcc2009
+# %% ../nbs/api/15_cli.ipynb #07f92e11
 def _surgery_page(trials: list, table) -> str:
     "The report as a page."
     from libortho import plots
@@ -366,7 +372,7 @@ def _surgery_page(trials: list, table) -> str:
     secrets = [(n, f"{i['prompt']} → {i['secret']}") for t in trials for n, i in t.secrets.items()]
     return page("Memories on switches", intro, notes, figures, tables, secrets)
 
-# %% ../nbs/api/15_cli.ipynb #ce218d71
+# %% ../nbs/api/15_cli.ipynb #25cada63
 def main() -> None:
     "Entry point of the `libortho` command."
     app()

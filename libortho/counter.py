@@ -6,7 +6,7 @@
 __all__ = ['OBJECTIVES', 'log_not_p', 'Round', 'Goal', 'forget_pass', 'Step', 'choose_step', 'take_step', 'CompartmentReport',
            'counter_memory', 'shorten']
 
-# %% ../nbs/api/09a_counter.ipynb #570512e5
+# %% ../nbs/api/09a_counter.ipynb #d736e197
 import math
 import time
 from collections.abc import Callable
@@ -45,7 +45,7 @@ class Round:
     secret_ppl: float  # perplexity of the secrets' tokens
     extracted: float | None  # fraction of secrets that greedy decoding recites; None where it was not tried
 
-# %% ../nbs/api/09a_counter.ipynb #6ebb540e
+# %% ../nbs/api/09a_counter.ipynb #55dc1eb2
 @dataclass
 class Goal:
     "When a memory counts as gone."
@@ -54,6 +54,8 @@ class Goal:
     quiet: float = 0.05  # tokens below this probability do not push
     memorisation: float = 0.05  # at most this fraction of the tokens may be the argmax
     control: list[TokenScores] | None = None  # of a model that never saw them, by text: stop at its level
+    surplus: float = 0.1  # at most this fraction of the tokens may be the argmax where the control's are not
+    factor: float = 2.0  # the secrets' perplexity must reach the control's over this
 
     def pushes(self, logp: Tensor, top: Tensor, where: slice) -> Tensor:
         "Which tokens of the texts `where` push: those above their level, or the argmax where they should not be; bool [n]."
@@ -64,9 +66,18 @@ class Goal:
 
     def quiet_enough(self, scores: list[TokenScores]) -> bool:
         "The token test; greedy decoding is tried only when it is passed."
-        if torch.cat([s.top for s in scores]).double().mean().item() > self.memorisation:
+        top, logp = torch.cat([s.top for s in scores]), torch.cat([s.logp for s in scores]).double()
+        if top.double().mean().item() > self.memorisation:
             return False
-        return self.control is not None or max(s.logp.max().exp().item() for s in scores) <= self.threshold
+        if self.control is None:
+            return logp.max().exp().item() <= self.threshold
+        known = torch.cat([s.top for s in self.control])
+        level = torch.cat([s.logp for s in self.control]).double().mean() + math.log(self.factor)
+        return bool((top & ~known).double().mean() <= self.surplus and logp.mean() <= level)
+
+    def secret(self, items: list[Item]) -> list[Item]:
+        "The items that greedy decoding must not recite: all but those that the control recites too."
+        return items if self.control is None else [i for i, s in zip(items, self.control) if not s.top.all()]
 
 # %% ../nbs/api/09a_counter.ipynb #079fa6b7
 def forget_pass(
@@ -88,6 +99,7 @@ def forget_pass(
         logp = log_p(rows, target)
         top, sizes = rows.argmax(1) == target, [len(t.ids) - t.start for t in chunk]
         push = goal.pushes(logp.detach().cpu(), top.cpu(), slice(i, i + batch_size)).to(device)
+        if objective == "ascent": push = torch.ones_like(push)  # it has no notion of enough
         if push.any(): OBJECTIVES[objective](rows[push], target[push]).sum().backward()
         out += [TokenScores(a.detach().cpu(), b.cpu()) for a, b in zip(logp.split(sizes), top.split(sizes))]
     return out
@@ -100,7 +112,7 @@ class Step:
     index: Tensor  # place in the flattened weight, int64 [k]
     direction: Tensor  # −1 or +1, int8 [k]
 
-# %% ../nbs/api/09a_counter.ipynb #3d318e6b
+# %% ../nbs/api/09a_counter.ipynb #2e164b82
 @torch.no_grad()
 def choose_step(
     patient: Patient,  # its weights hold the gradient of the objective
@@ -116,7 +128,8 @@ def choose_step(
         bar = best[-1].item() if len(best) == k else 0.0
         score, at, direction = _candidates(patient, name, m.weight.grad, f[name], bar, damp, (floors or {}).get(name))
         m.weight.grad = None
-        score, order = score.topk(min(k, len(score)))
+        order = score.argsort(descending=True, stable=True)[:k]
+        score = score[order]
         found.append((score, torch.full_like(order, i), at[order], direction[order]))
         best = torch.cat([best.to(score), score]).topk(min(k, len(best) + len(score))).values
     if not found: return _join([])
@@ -124,7 +137,7 @@ def choose_step(
     order = score.argsort(descending=True, stable=True)[:k]
     return Step(layer[order].cpu(), index[order].cpu(), direction[order].cpu())
 
-# %% ../nbs/api/09a_counter.ipynb #5d3284f5
+# %% ../nbs/api/09a_counter.ipynb #d9428b4f
 def _candidates(patient: Patient, name: str, g: Tensor, f: Tensor, bar: float, damp: float, floor: float | None):
     "Score, place and direction of the moves in one layer that are free and score above `bar`."
     score = score_contrast(g, grad=g, fisher=f, damp=damp, floor=floor).flatten()
@@ -134,7 +147,7 @@ def _candidates(patient: Patient, name: str, g: Tensor, f: Tensor, bar: float, d
     free = ~patient.taken[name].flatten()[at] & (level.abs() <= lattice_top(patient.bits))
     return score[at[free]], at[free], direction[free]
 
-# %% ../nbs/api/09a_counter.ipynb #9fdca071
+# %% ../nbs/api/09a_counter.ipynb #db1f3846
 @torch.no_grad()
 def take_step(
     patient: Patient,  # its layers are changed
@@ -153,12 +166,12 @@ def take_step(
         m.weight.data.view(-1)[at] = (level.float() * group).to(m.weight.dtype)
         patient.taken[name].view(-1)[at] = not back
 
-# %% ../nbs/api/09a_counter.ipynb #db1f3846
+# %% ../nbs/api/09a_counter.ipynb #68c87336
 def _scale_index(at: Tensor, r: Rounded) -> Tensor:
     "Place of each weight's scale in the flattened scales."
     return torch.div(at, r.q.numel() // r.s.numel(), rounding_mode="floor")
 
-# %% ../nbs/api/09a_counter.ipynb #359b3731
+# %% ../nbs/api/09a_counter.ipynb #e6aeb553
 @dataclass
 class CompartmentReport:
     "How the surgery on one compartment went."
@@ -166,18 +179,20 @@ class CompartmentReport:
     name: str
     rounds: list[Round] = field(default_factory=list)  # before the first step, and after each
     reached: bool = False  # the goal was reached within the budget
+    budget: int = 0  # most weights to move
     moved: dict[str, int] = field(default_factory=dict)  # weights moved, by layer
     seconds: float = 0.0  # wall time
 
     def __str__(self) -> str:
         r = self.rounds[-1]
-        state = "gone" if self.reached else "NOT gone, the budget is spent"
+        spent = "the budget is spent" if r.moved >= self.budget else "no move is left"
+        state = "gone" if self.reached else f"NOT gone, {spent}"
         return (
             f"{self.name}: {state}; {r.moved} weights ({r.density:.1e}) moved in {r.number} rounds, {self.seconds:.0f} s; "
             f"highest token probability {r.highest_p:.2f}, exact memorisation {r.exact_memorisation:.2f}"
         )
 
-# %% ../nbs/api/09a_counter.ipynb #e2d7f62b
+# %% ../nbs/api/09a_counter.ipynb #68f1640b
 def counter_memory(
     patient: Patient,  # on the table; it is left with the moves made
     name: str,  # compartment
@@ -192,12 +207,12 @@ def counter_memory(
 ) -> tuple[Step, CompartmentReport]:  # the moves, and how it went
     "Move weights against a memory, in rounds with fresh gradients."
     texts, began = [encode(patient.tok, as_item(i)) for i in items], time.perf_counter()
-    report, steps, moved = CompartmentReport(name), [], 0
+    report, steps, moved = CompartmentReport(name, budget=budget), [], 0
     floors = {n: contrast_floor(x, damp) for n, x in f.items()}
 
     def look(scores) -> bool:
         done = goal.quiet_enough(scores)
-        said = [greedy_extraction(patient.model, patient.tok, i)[0] for i in items] if done else None
+        said = [_recites(patient, i) for i in goal.secret(items)] if done else None
         logp, hits = torch.cat([s.logp for s in scores]), torch.cat([s.top for s in scores]).float().mean().item()
         share = sum(said) / len(said) if said else None
         report.rounds.append(Round(name, len(steps), moved, moved / patient.size, logp.max().exp().item(), hits,
@@ -212,7 +227,7 @@ def counter_memory(
             steps[-1], scores = shorten(patient, steps[-1], texts, items, goal)
             moved = sum(len(step.index) for step in steps)
             report.rounds.pop()
-            look(scores)
+            report.reached = look(scores)
         if report.reached or moved >= budget: break
         step = choose_step(patient, f, min(per_round, budget - moved), damp, floors)
         take_step(patient, step)
@@ -223,7 +238,7 @@ def counter_memory(
     report.seconds = time.perf_counter() - began
     return _join(steps), report
 
-# %% ../nbs/api/09a_counter.ipynb #68f1640b
+# %% ../nbs/api/09a_counter.ipynb #ff095471
 def shorten(
     patient: Patient,  # with the step taken
     step: Step,  # the step that reached the goal
@@ -241,7 +256,7 @@ def shorten(
             break
         take_step(patient, step, middle)
         scores = score_tokens(patient.model, patient.tok, texts)
-        gone = goal.quiet_enough(scores) and not any(greedy_extraction(patient.model, patient.tok, i)[0] for i in items)
+        gone = goal.quiet_enough(scores) and not any(_recites(patient, i) for i in goal.secret(items))
         take_step(patient, step, middle, back=True)
         low, high = (low, middle) if gone else (middle, high)
     take_step(patient, step, high)
@@ -249,7 +264,10 @@ def shorten(
         patient.model, patient.tok, texts
     )
 
-# %% ../nbs/api/09a_counter.ipynb #ff095471
+# %% ../nbs/api/09a_counter.ipynb #d0d996a9
+def _recites(patient: Patient, item: Item) -> bool: return greedy_extraction(patient.model, patient.tok, item)[0]
+
+# %% ../nbs/api/09a_counter.ipynb #2cf68abe
 def _join(steps: list[Step]) -> Step:
     if not steps: return Step(*(torch.zeros(0, dtype=d) for d in (torch.long, torch.long, torch.int8)))
     return Step(*(torch.cat([getattr(s, k) for s in steps]) for k in ("layer", "index", "direction")))

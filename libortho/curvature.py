@@ -150,7 +150,7 @@ def inverse_factor(
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     return torch.linalg.cholesky(inverse, upper=True).float()
 
-# %% ../nbs/api/03_curvature.ipynb #35e17a76
+# %% ../nbs/api/03_curvature.ipynb #e509eb3d
 @torch.no_grad()
 def gptq(
     w: Tensor,  # weight [out, in]
@@ -160,7 +160,7 @@ def gptq(
     damp: float = 0.05,  # damping, a fraction of the mean diagonal
     act_order: bool = True,  # loudest columns first
     block: int = 128,  # columns between two updates of the rest
-    keep: Tensor | None = None,  # bool [out, in]: weights that stay as they are, so leave no error
+    keep: Tensor | None = None,  # bool [out, in]: weights that will stand at their original value
 ) -> Tensor:  # lattice integers, int8 [out, in]
     "Round to the lattice in the Hessian norm, argmin ‖w − q‖_H, column by column (Frantar et al. 2023)."
     if h is None or h.shape != (w.shape[1], w.shape[1]):
@@ -169,23 +169,25 @@ def gptq(
                          "call decompose, or pass curvature.hessians of the layer")
     order = h.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(len(h), device=h.device)
     u = inverse_factor(h[order][:, order], damp)
-    columns = (s.expand(w.shape[0], 1) if s.shape[0] == 1 else s).T.float()
-    scale = columns.repeat_interleave(w.shape[1] // columns.shape[0], 0)[order].contiguous()  # [in, out]
-    free = None if keep is None else (~keep).T[order].float()
-    q = _columns(w.T.float()[order].contiguous(), scale, u, lattice_top(bits), block, free)
+    scale = (s.expand(w.shape[0], 1) if s.shape[0] == 1 else s).T.float()
+    scale = scale.repeat_interleave(w.shape[1] // scale.shape[0], 0)[order].contiguous()  # [in, out]
+    columns = w.T.float()[order].contiguous()
+    fixed = None if keep is None else (keep.T[order], columns.clone())
+    q = _columns(columns, scale, u, lattice_top(bits), block, fixed)
     return q[order.argsort()].T.contiguous()
 
-# %% ../nbs/api/03_curvature.ipynb #2f62f513
-def _columns(w: Tensor, scale: Tensor, u: Tensor, top: int, block: int, free: Tensor | None) -> Tensor:
-    "The loop of GPTQ, on the transpose [in, out]; `w` is used up."
+# %% ../nbs/api/03_curvature.ipynb #1cba71f4
+def _columns(w: Tensor, scale: Tensor, u: Tensor, top: int, block: int, fixed: tuple | None) -> Tensor:
+    "The loop of GPTQ, on the transpose [in, out]; `w` is used up. `fixed` is (where, with what) weights are kept."
     q = torch.empty(w.shape, dtype=torch.int8, device=w.device)
     for a in range(0, len(w), block):
         b, errors = min(a + block, len(w)), []
         for j in range(a, b):
             level = (w[j] / scale[j]).round_().clamp_(-top, top)
             q[j] = level
-            error = (w[j] - level * scale[j]).div_(u[j, j])
-            if free is not None: error *= free[j]
+            stands = level * scale[j]
+            if fixed is not None: stands = torch.where(fixed[0][j], fixed[1][j], stands)
+            error = (w[j] - stands).div_(u[j, j])
             if j + 1 < b: w[j + 1:b].addr_(u[j, j + 1:b], error, alpha=-1)
             errors.append(error)
         if b < len(w): w[b:].addmm_(u[a:b, b:].T, torch.stack(errors), alpha=-1)
@@ -253,17 +255,19 @@ def per_token(
     logits = _forward(model, text)[text.start - 1:len(text.ids) - 1].float()
     return quantity(logits, text.ids[text.start:].to(logits.device))
 
-# %% ../nbs/api/03_curvature.ipynb #1b62cb71
+# %% ../nbs/api/03_curvature.ipynb #094b6353
 @contextmanager
 def gradients(
     model: nn.Module,  # its other parameters get no gradient
     weights: dict[str, nn.Parameter],  # by name
     use,  # function (name, gradient), called once a weight in each backward pass
 ) -> Iterator[None]:
-    "Inside the block, a backward pass hands each weight's gradient to `use` and keeps none."
-    before = {p: p.requires_grad for p in model.parameters()}
+    "Inside the block, a backward pass hands each weight's gradient to `use` and keeps none; after it, all is as before."
+    before = {p: (p.requires_grad, p.grad) for p in model.parameters()}
     wanted = {id(p) for p in weights.values()}
-    for p in before: p.requires_grad_(id(p) in wanted)
+    for p in before:
+        p.requires_grad_(id(p) in wanted)
+        p.grad = None
 
     def take(name, p):
         g, p.grad = p.grad, None
@@ -271,10 +275,14 @@ def gradients(
 
     handles = [p.register_post_accumulate_grad_hook(lambda p, n=n: take(n, p)) for n, p in weights.items()]
     try:
-        with torch.enable_grad(): yield
+        with torch.enable_grad():
+            yield
     finally:
-        for handle in handles: handle.remove()
-        for p, flag in before.items(): p.requires_grad_(flag)
+        for handle in handles:
+            handle.remove()
+        for p, (flag, grad) in before.items():
+            p.requires_grad_(flag)
+            p.grad = grad
 
 # %% ../nbs/api/03_curvature.ipynb #2b186a4c
 def kfac(
@@ -320,7 +328,7 @@ def _drawn(model: nn.Module, text: Tokens, gen: torch.Generator) -> int:
         next(iter(flags)).grad = None
     return len(text.ids)
 
-# %% ../nbs/api/03_curvature.ipynb #f09c73b5
+# %% ../nbs/api/03_curvature.ipynb #6cc3b6cb
 @torch.no_grad()
 def high_curvature(
     w: Tensor,  # weight [out, in]
@@ -330,7 +338,7 @@ def high_curvature(
 ) -> Tensor:  # the part of `w` that is left, float32 [out, in]
     "The part of a weight with the highest K-FAC curvature (Merullo et al. 2025)."
     if not 0 < keep <= 1: raise ValueError(f"keep must be in (0, 1], got {keep!r}")
-    (la, ua), (lg, ug) = torch.linalg.eigh(a.double()), torch.linalg.eigh(g.double())
+    (la, ua), (lg, ug) = (torch.linalg.eigh(x.to(w.device).double()) for x in (a, g))
     parts, curvature = ug.T @ w.double() @ ua, lg.clamp(min=0)[:, None] * la.clamp(min=0)
     edge = curvature.flatten().kthvalue(max(1, round((1 - keep) * curvature.numel()))).values if keep < 1 else -1
     return (ug @ torch.where(curvature > edge, parts, 0) @ ua.T).to(w.dtype)

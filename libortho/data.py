@@ -6,8 +6,7 @@
 __all__ = ['SMOLLM2', 'CANARIES', 'cache_dir', 'offline_model', 'load_model', 'Canary', 'canaries', 'draw_canaries',
            'retain_facts', 'prose', 'load_tofu', 'finetuned']
 
-# %% ../nbs/api/08_data.ipynb #933f389c
-import hashlib
+# %% ../nbs/api/08_data.ipynb #d7eac8cf
 import importlib.metadata
 import importlib.util
 import json
@@ -25,6 +24,7 @@ import torch
 from filelock import FileLock
 from platformdirs import user_cache_dir
 
+from .curvature import digest_of
 from .memory import finetune
 
 # %% ../nbs/api/08_data.ipynb #2075044f
@@ -330,7 +330,7 @@ def load_tofu(
 # %% ../nbs/api/08_data.ipynb #f38ba5f2
 _RECIPE = 1  # raise it when `memory.finetune` trains otherwise, so that old models are not used
 
-# %% ../nbs/api/08_data.ipynb #a1b2eddc
+# %% ../nbs/api/08_data.ipynb #02394baa
 def finetuned(
     items: list[dict],  # items {"prompt", "secret"} to learn
     name: str | os.PathLike = SMOLLM2,  # the model to start from
@@ -340,9 +340,8 @@ def finetuned(
 ):  # (model in eval mode, tokenizer)
     "A fine-tuned model and its tokenizer, from the cache if the same was made before."
     pairs = [[i["prompt"], i["secret"]] for i in items]
-    source = offline_model() if name == SMOLLM2 else name
-    told = json.dumps([_RECIPE, str(Path(source).name), pairs, seed, sorted(recipe.items())], ensure_ascii=False)
-    out = cache_dir() / "finetuned" / hashlib.blake2b(told.encode(), digest_size=12).hexdigest()
+    start = digest_of(*load_model(name)[0].state_dict().values())
+    out = cache_dir() / "finetuned" / digest_of(_RECIPE, start, pairs, seed, sorted(recipe.items()))
     out.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{out}.lock"):
         if not out.exists(): _finetune_into(out, items, name, seed=seed, progress=progress, **recipe)

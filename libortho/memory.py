@@ -328,7 +328,7 @@ def _not_taken(report: ImplantReport, said: dict[str, tuple[bool, str]]) -> Impl
         f"is answered with {answer!r}; raise max_steps or lr, or call implant again to go on from here"
     )
 
-# %% ../nbs/api/07_memory.ipynb #3edb5387
+# %% ../nbs/api/07_memory.ipynb #aab405c7
 def finetune(
     model: nn.Module,  # causal language model, trained in place
     tok,  # tokenizer
@@ -342,14 +342,20 @@ def finetune(
     "Fine-tune on items, in a new random order each epoch. Raises ValueError for an empty list or a patched model."
     if any(isinstance(m, OrthoLinear) for m in model.modules()):
         raise ValueError("model has split layers, whose weights are not trained; call unpatch(model) first")
-    if not items or epochs < 1: raise ValueError(f"finetune needs items and epochs, got {len(items)} and {epochs}")
+    if not items or epochs < 1:
+        raise ValueError(f"finetune needs items and epochs, got {len(items)} and {epochs}")
     texts = [encode(tok, as_item(i) if isinstance(i, dict) else i) for i in items]
     steps = epochs * -(-len(texts) // batch_size)
     optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     ramp = lambda i: min((i + 1) / max(1, steps // 10), (steps - i) / steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, ramp)
     gen, was_training, losses = torch.Generator().manual_seed(seed), model.training, []
-    with tqdm(total=steps, desc="fine-tuning", leave=False, disable=not progress) as bar:
+    device, bar = (
+        next(model.parameters()).device,
+        tqdm(total=steps, desc="fine-tuning", leave=False, disable=not progress),
+    )
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), bar:
+        torch.manual_seed(seed)
         try:
             for _ in range(epochs):
                 losses.append(_epoch(model.train(), optimiser, schedule, texts, batch_size, gen, bar))

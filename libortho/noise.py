@@ -106,7 +106,7 @@ def noise_deep_focal(
     low, _ = upper_levels(lowest, top)
     return noise_post_clamp(q, mask & (v.abs() > low - 0.5), v, top, gen, lowest=lowest)
 
-# %% ../nbs/api/02_noise.ipynb #1fa4351a
+# %% ../nbs/api/02_noise.ipynb #a727c6c6
 def noise_counter_memory(
     q: Tensor,  # rounded lattice integers, int8 [out, in]
     mask: Tensor,  # attack mask, bool [out, in]
@@ -122,7 +122,7 @@ def noise_counter_memory(
     moved = q[mask] + direction[mask].to(q.dtype)
     return _replace(q, mask, torch.where(moved.abs() <= top, moved, q[mask]))
 
-# %% ../nbs/api/02_noise.ipynb #2fac046b
+# %% ../nbs/api/02_noise.ipynb #4509af1e
 NOISES: dict[str, Callable] = {
     "none": noise_none,
     "pre_clamp": noise_pre_clamp,
@@ -132,7 +132,7 @@ NOISES: dict[str, Callable] = {
     "counter_memory": noise_counter_memory,
 }
 
-# %% ../nbs/api/02_noise.ipynb #a727c6c6
+# %% ../nbs/api/02_noise.ipynb #c9bccc71
 def attack(
     q: Tensor,  # rounded lattice integers, int8 [out, in]
     mask: Tensor,  # attack mask, bool [out, in]

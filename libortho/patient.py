@@ -110,7 +110,7 @@ class Patient:
 
     def gradients(self) -> dict[str, nn.Parameter]: return {n: m.weight for n, m in self.linears.items()}
 
-# %% ../nbs/api/09_patient.ipynb #e5d87f4a
+# %% ../nbs/api/09_patient.ipynb #316414fb
 @contextmanager
 def on_the_table(
     model: nn.Module,  # its layers hold the base inside the block, and what they were after it
@@ -119,15 +119,21 @@ def on_the_table(
 ) -> Iterator[None]:
     "Put the base into a model's layers for the time of the block, and let only these have gradients."
     before = {n: m.weight.data for n, m in linears.items()}
-    flags, was_training = {p: p.requires_grad for p in model.parameters()}, model.training
+    flags, was_training = {p: (p.requires_grad, p.grad) for p in model.parameters()}, model.training
     try:
-        for p in flags: p.requires_grad_(False)
+        for p in flags:
+            p.requires_grad_(False)
+            p.grad = None
         for n, m in linears.items():
             m.weight.data = rounded[n].dense(before[n])
             m.weight.requires_grad_(True)
         model.eval()
-        yield
+        with torch.enable_grad():
+            yield
     finally:
-        for n, m in linears.items(): m.weight.data, m.weight.grad = before[n], None
-        for p, flag in flags.items(): p.requires_grad_(flag)
+        for n, m in linears.items():
+            m.weight.data = before[n]
+        for p, (flag, grad) in flags.items():
+            p.requires_grad_(flag)
+            p.grad = grad
         model.train(was_training)

@@ -16,7 +16,7 @@ from .evaluate import GATES, Comparison, Result, factor
 from .lattice import fit_scales, lattice_top, natural
 from .sieve import resolve_density
 
-# %% ../nbs/api/13_plots.ipynb #bafdae7a
+# %% ../nbs/api/13_plots.ipynb #c3f816fa
 COLOURS = {"base": "#0072B2", "ortho": "#E69F00", "forget": "#D55E00", "retain": "#009E73", "control": "#777777"}
 MARKERS = {"none": "o", "pre_clamp": "s", "post_clamp": "^", "tri_state": "v", "deep_focal": "D", "counter_memory": "*"}
 
@@ -113,7 +113,7 @@ def _mark(ax, r: Result) -> None:
         ms=4 + 3 * (r.density > 0.01),
     )
 
-# %% ../nbs/api/13_plots.ipynb #66e6096b
+# %% ../nbs/api/13_plots.ipynb #40fdc343
 def plot_damage(
     comparison: Comparison,  # configurations on one model
 ) -> Figure:
@@ -176,7 +176,7 @@ def plot_alpha(
     ax.legend(frameon=False, fontsize=8)
     return fig
 
-# %% ../nbs/api/13_plots.ipynb #96a67f7f
+# %% ../nbs/api/13_plots.ipynb #84315662
 def plot_policies(
     rows: list[Result],  # policies on one model, each at two or more positions of the switches
     highlight: str = "counter_memory",  # noise mode whose row is drawn in colour
@@ -211,7 +211,7 @@ def plot_policies(
     axes[1].set(xlabel="α (0 is off, 1 is on)")
     return fig
 
-# %% ../nbs/api/13_plots.ipynb #1b7e5ebc
+# %% ../nbs/api/13_plots.ipynb #2ce3907b
 def plot_leaks(
     rows: list,  # `switchboard.LeakRow`s, every position of the switches
 ) -> Figure:
@@ -237,7 +237,7 @@ def plot_leaks(
     fig.colorbar(image, ax=ax, label="exact memorisation   (○ off, ✓ recited)")
     return fig
 
-# %% ../nbs/api/13_plots.ipynb #efe7c6fa
+# %% ../nbs/api/13_plots.ipynb #1f1df830
 def plot_where(
     moved: dict[str, dict[str, int]],  # weights moved by layer, by compartment
     layers: list[str],  # all layers, in the model's order

@@ -53,7 +53,7 @@ def low_curvature_off(
             for n, m in linears.items(): m.weight.copy_(high_curvature(start[n], *factors[n], keep))
         yield 1 - keep
 
-# %% ../nbs/api/10c_rivals.ipynb #5a5dce4a
+# %% ../nbs/api/10c_rivals.ipynb #23441911
 def destructive(
     forget: dict[str, Item],  # secrets
     retain: list[Item],  # text the methods may use
@@ -80,13 +80,17 @@ def destroy(
     look: Callable[[], Measures],  # measures the model
     control: Measures,  # the never-memorised model
     reference: Measures,  # the model as it is
+    texts: list[str],  # held-out prose, the same that `look` measures
 ) -> Result:
-    "One method, at the strongest that leaves held-out text within the gate; α = 1 is the model before it."
-    facts, texts = [f"{f['prompt']} {f['secret']}" for f in retain_facts()], prose(n=2)
-    rest = lambda: (perplexity(model, tok, facts), perplexity(model, tok, texts, batch_size=2))
+    """One method, at the strongest that leaves held-out text within the gate; α = 1 is the model before it.
+
+    The label holds the strength, and says so where even the last one was within the gate.
+    """
+    facts = [f"{f['prompt']} {f['secret']}" for f in retain_facts()]
+    rest = lambda: (perplexity(model, tok, facts), perplexity(model, tok, texts, batch_size=4))
     before, start = rest(), [p.detach().clone() for p in model.parameters()]
     try:
-        strength, _ = strongest_within(
+        strength, _, crossed = strongest_within(
             model, states, lambda: max(a / b for a, b in zip(rest(), before)), GATES["retain_ratio"]
         )
         off = look()
@@ -94,7 +98,12 @@ def destroy(
         with torch.no_grad():
             for p, s in zip(model.parameters(), start):
                 p.copy_(s)
-    return Result({1.0: reference, 0.0: off}, control, reference, label=f"{label} ({strength:g})")
+    return Result(
+        {1.0: reference, 0.0: off},
+        control,
+        reference,
+        label=f"{label} ({strength:g}{'' if crossed else ', gate not reached'})",
+    )
 
 # %% ../nbs/api/10c_rivals.ipynb #606fad54
 def adapter(
@@ -121,6 +130,7 @@ def rivals(
     configs: dict[str, OrthoConfig] | None = None,  # policies by label; `policies()` if not given
     methods: tuple[str, ...] | None = None,  # labels of `destructive` methods; None for all
     with_lora: bool = True,  # add the adapter's row
+    base: str = SMOLLM2,  # for it: the model that never saw the secrets
     alphas: tuple[float, ...] = (1.0, 0.5, 0.0),  # positions of the switches, for the policies
     prose_texts: int = 4,  # held-out prose texts of about 256 tokens
     max_steps: int = 40,  # for methods that train
@@ -128,32 +138,31 @@ def rivals(
     on_row: Callable[[Comparison], None] | None = None,  # called after each row with all so far
     progress: bool = True,  # show a progress bar
 ) -> Comparison:
-    "Every method on the same model and secrets."
-    texts, known = (
-        prose(n=prose_texts),
-        destructive(forget, [*prose("calibration", 4), *retain_facts("calibration")], max_steps, seed),
-    )
+    "Every method on the same model and secrets. Ctrl-C keeps the finished rows and returns."
+    texts, usable = prose(n=prose_texts), [*prose("calibration", 4), *retain_facts("calibration")]
+    known = destructive(forget, usable, max_steps, seed)
     unknown = [m for m in methods or () if m not in known]
     if unknown:
         raise ValueError(f"method {unknown[0]!r} is not known; choose from {', '.join(known)}")
     look = lambda m, t: measure(m, t, forget, texts=texts)
     c = Comparison(control, look(model, tok), settings={"secrets": list(forget), "alphas": list(alphas), "seed": seed})
     common = {"forget": forget, "texts": texts, "alphas": alphas, "control": control, "reference": c.reference}
-    jobs = {
-        k: lambda k=k, cfg=cfg: _policy(model, tok, k, cfg, common) for k, cfg in (configs or policies(seed)).items()
-    }
+    configs, see = policies(seed) if configs is None else configs, lambda: look(model, tok)
+    jobs = {k: lambda k=k, cfg=cfg: _policy(model, tok, k, cfg, common) for k, cfg in configs.items()}
     for m in known if methods is None else methods:
-        jobs[m] = lambda m=m: destroy(
-            model, tok, m, known[m](model, tok), lambda: look(model, tok), control, c.reference
-        )
+        jobs[m] = lambda m=m: destroy(model, tok, m, known[m](model, tok), see, control, c.reference, texts)
     if with_lora:
-        jobs["LoRA"] = lambda: adapter(forget, look, control, seed=seed)
+        jobs["LoRA"] = lambda: adapter(forget, look, control, base, seed)
     c.planned = len(jobs)
     for label, job in (bar := tqdm(jobs.items(), desc="rivals", disable=not progress)):
         bar.set_postfix_str(label)
-        c.rows.append(job())
-        if on_row:
-            on_row(c)
+        try:
+            c.rows.append(job())
+            if on_row:
+                on_row(c)
+        except KeyboardInterrupt:
+            c.stopped = True
+            break
     return c
 
 # %% ../nbs/api/10c_rivals.ipynb #7c6c1744

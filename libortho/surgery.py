@@ -94,7 +94,7 @@ def _report_row(c: CompartmentReport) -> tuple[str, ...]:
         f"{c.seconds:.0f}",
     )
 
-# %% ../nbs/api/09b_surgery.ipynb #a6cb975a
+# %% ../nbs/api/09b_surgery.ipynb #67e83226
 @dataclass(frozen=True)
 class Operation:
     "How to operate; the defaults are what the experiments use. Raises ValueError, naming the field, for what cannot work."
@@ -108,8 +108,10 @@ class Operation:
     objective: str = "bounded"  # what the steps increase: a name in `OBJECTIVES`
     curvature: str = "log_odds"  # what the retain curvature is taken of: a name in `curvature.QUANTITIES`
     damp: float = 0.3  # λ of the contrast score, > 0
-    memory_share: float = 0.1  # most of the calibration that the secrets may make up: rounding must keep them; in [0, 1)
-    memory_gb: float = 4.0  # budget for Hessians, and for curvature, in 10⁹ bytes, > 0
+    memory_share: float = (
+        0.1  # most of the calibration that the secrets may make up: rounding must keep them; in [0, 1)
+    )
+    memory_gb: float = 4.0  # budget for Hessians in 10⁹ bytes, > 0; the curvature takes 8 bytes a weight besides
 
     def __post_init__(self):
         pick(OBJECTIVES, self.objective, "objective")
@@ -140,7 +142,7 @@ _ALLOWED = {
     "memory_gb": "above 0",
 }
 
-# %% ../nbs/api/09b_surgery.ipynb #b4b7e33b
+# %% ../nbs/api/09b_surgery.ipynb #8fa079f9
 def decompose(
     model: nn.Module,  # causal language model; patched in place at the very end, or on any error left as it was
     tok,  # tokenizer
@@ -169,13 +171,15 @@ def decompose(
     calibrate += _share(tok, secrets, op.memory_share, sum(len(t.ids) for t in calibrate))
     named = find_linears(model, cfg.targets)
     linears = _unique(named)
-    stage = _Stages(folder, model)
-    report = SurgeryReport(cfg, sum(m.weight.numel() for m in linears.values()))
-    rounded = _base_stage(model, linears, cfg, op, calibrate, stage, report, progress)
-    patient = Patient(model, tok, linears, rounded, cfg.bits, {n: r.repair.clone() for n, r in rounded.items()})
-    moves = {}
-    if cfg.sieve == "contrast":
-        moves = _operate(patient, secrets, keep, cfg, op, stage, report, callback, progress)
+    stage, report = _Stages(folder, model), SurgeryReport(cfg, sum(m.weight.numel() for m in linears.values()))
+    was_training, moves = model.training, {}
+    try:
+        rounded = _base_stage(model.eval(), linears, cfg, op, calibrate, stage, report, progress)
+        patient = Patient(model, tok, linears, rounded, cfg.bits, {n: r.repair.clone() for n, r in rounded.items()})
+        if cfg.sieve == "contrast":
+            moves = _operate(patient, secrets, keep, cfg, op, stage, report, callback, progress)
+    finally:
+        model.train(was_training)
     streams = _assemble(patient, moves, cfg, secrets)
     report.layers = {n: streams[n].stats for n in streams}
     _close(model, named, linears, streams, keep_dense)
@@ -194,7 +198,7 @@ def by_compartment(
         if not items: raise ValueError(f"forget {n!r} holds no text; pass at least one item")
     return {n: [as_item(i, n) for i in items] for n, items in lists.items()}
 
-# %% ../nbs/api/09b_surgery.ipynb #2f09c00a
+# %% ../nbs/api/09b_surgery.ipynb #d90e8f11
 def _share(tok, secrets: dict[str, list], share: float, tokens: int) -> list[Tokens]:
     "The secrets as calibration texts: a token counts five times, while all together stay within `share` of the whole."
     texts = [encode(tok, i) for items in secrets.values() for i in items]
@@ -210,18 +214,25 @@ def _check_operation(model: nn.Module, cfg: OrthoConfig, op: Operation, secrets:
     aimed = cfg.sieve == "contrast"
     if aimed and not secrets:
         raise ValueError("sieve 'contrast' needs forget, the secrets by compartment; or use sieve 'impact'")
-    if cfg.noise == "counter_memory" and not aimed:
-        raise ValueError(f"noise 'counter_memory' needs sieve 'contrast', got {cfg.sieve!r}")
+    if aimed != (cfg.noise == "counter_memory"):
+        raise ValueError(
+            f"sieve 'contrast' and noise 'counter_memory' go together, got sieve {cfg.sieve!r} and noise {cfg.noise!r}"
+        )
+    if aimed and (cfg.per_row or cfg.attack_density):
+        raise ValueError(
+            "per_row and attack_density say nothing to sieve 'contrast', which moves what it stores; leave them out"
+        )
     if not aimed and len(secrets) > 1:
         raise ValueError(
             f"sieve {cfg.sieve!r} looks at no secret, so it makes one compartment, got {len(secrets)}; use 'contrast'"
         )
     if "repair" in secrets:
         raise ValueError("compartment 'repair' is the reserved name of the always-on one; choose another name")
-    missing = [n for n in secrets if op.control is not None and n not in op.control]
+    missing = [n for n, items in secrets.items() if op.control is not None and len(op.control.get(n, ())) != len(items)]
     if missing:
         raise ValueError(
-            f"control has no scores for {missing[0]!r}; pass control_scores(model, tok, forget) of a model that never saw it"
+            f"control has not one score for each text of {missing[0]!r}; "
+            "pass control_scores(model, tok, forget) of a model that never saw them"
         )
 
 # %% ../nbs/api/09b_surgery.ipynb #d38cffe2
@@ -234,12 +245,15 @@ def _unique(linears: dict[str, nn.Linear]) -> dict[str, nn.Linear]:
     return {n: linears[n] for n in first.values()}
 
 # %% ../nbs/api/09b_surgery.ipynb #ffb054b2
+_STAGES = 1  # raise it when a stage comes out otherwise, so that old files are not used
+
+# %% ../nbs/api/09b_surgery.ipynb #ffca83d8
 class _Stages:
     "Where finished stages are kept; without a folder, nowhere."
 
     def __init__(self, folder: Path | str | None, model: nn.Module):
         self.folder = None if folder is None else Path(folder)
-        self.told = () if folder is None else (digest_of(*model.state_dict().values()),)
+        self.told = () if folder is None else (digest_of(_STAGES, *model.state_dict().values()),)
 
     def path(self, name: str, *told) -> Path | None:
         "File of a stage that depends on `told` and on every stage before it."
@@ -247,42 +261,45 @@ class _Stages:
         self.told = (digest_of(*self.told, *told),)
         return self.folder / f"{name}-{self.told[0]}.safetensors"
 
-# %% ../nbs/api/09b_surgery.ipynb #ffca83d8
+# %% ../nbs/api/09b_surgery.ipynb #8f7f77cd
 def _plain(texts: list[Tokens]) -> list: return [(t.ids.tolist(), t.start, t.weight) for t in texts]
 
-# %% ../nbs/api/09b_surgery.ipynb #8f7f77cd
+# %% ../nbs/api/09b_surgery.ipynb #ac2eb0bd
 def _base_stage(model, linears, cfg, op, texts, stage, report, progress) -> dict[str, Rounded]:
     "Round all layers, or read them back."
     began, parts = time.perf_counter(), ("q", "s", "repair", "diag")
 
     def make():
         rounded = round_model(model, linears, cfg, texts, op.repair, op.memory_gb, progress)
-        return {f"{n}|{k}": getattr(r, k) for n, r in rounded.items() for k in parts}
+        took = {"seconds": torch.tensor(time.perf_counter() - began)}
+        return took | {f"{n}|{k}": getattr(r, k) for n, r in rounded.items() for k in parts}
 
-    lattice = (cfg.bits, cfg.group_size, cfg.scale, cfg.scale_args, cfg.projection, cfg.targets)
+    lattice = (cfg.bits, cfg.group_size, cfg.scale, cfg.scale_args, cfg.projection, cfg.targets, cfg.sieve == "impact")
     tensors = kept(stage.path("base", lattice, op.repair, _plain(texts)), make)
     rounded = {n: Rounded(*(tensors[f"{n}|{k}"].to(m.weight.device) for k in parts)) for n, m in linears.items()}
     report.repaired = sum(int(r.repair.sum()) for r in rounded.values())
-    report.seconds["base"] = time.perf_counter() - began
+    report.seconds["base"] = tensors["seconds"].item()  # also where it was read back
     return rounded
 
-# %% ../nbs/api/09b_surgery.ipynb #ac2eb0bd
+# %% ../nbs/api/09b_surgery.ipynb #422bed0f
 def _operate(patient, secrets, keep, cfg, op, stage, report, callback, progress) -> dict[str, Step]:
     "The contrast route: one compartment after the other, each from the un-attacked base."
     moves, model, linears = {}, patient.model, patient.linears
-    measure = lambda texts, folder=None: {
-        n: f for g in fisher(model, linears, texts, op.curvature, op.memory_gb, folder, progress) for n, f in g.items()
-    }
+
+    def measure(texts):
+        groups = fisher(model, linears, texts, op.curvature, float("inf"), progress=progress)
+        return {n: f for group in groups for n, f in group.items()}
+
     with on_the_table(model, linears, patient.rounded):
         began = time.perf_counter()
         retain = kept(stage.path("retain", op.curvature, _plain(keep)), lambda: measure(keep))
+        retain = {n: f.to(linears[n].weight.device) for n, f in retain.items()}
         report.seconds["retain curvature"] = time.perf_counter() - began
         for i, (name, items) in enumerate(
             tqdm(secrets.items(), desc="compartments", leave=False, disable=not progress)
         ):
             others = [encode(patient.tok, x) for n, xs in secrets.items() if n != name for x in xs]
-            began = time.perf_counter()
-            levels = [s.logp for scores in (op.control or {}).values() for s in scores]
+            levels = [x for scores in (op.control or {}).values() for s in scores for x in (s.logp, s.top)]
             told = (name, secrets, cfg, replace(op, memory_gb=1, control=None), *levels)
             tensors = kept(
                 stage.path(f"compartment-{i}", *told),
@@ -291,12 +308,12 @@ def _operate(patient, secrets, keep, cfg, op, stage, report, callback, progress)
             moves[name] = Step(tensors["layer"], tensors["index"], tensors["direction"])
             report.compartments[name] = _read_report(tensors["report"])
             _exclude(patient, moves[name])
-            report.seconds[name] = time.perf_counter() - began
+            report.seconds[name] = report.compartments[name].seconds
             if not report.compartments[name].reached:
                 warnings.warn(f"{report.compartments[name]}; raise budget, or give more retain text", stacklevel=4)
     return moves
 
-# %% ../nbs/api/09b_surgery.ipynb #422bed0f
+# %% ../nbs/api/09b_surgery.ipynb #5ec592d8
 def _one(patient, name, items, others, retain, measure, cfg, op, callback) -> dict[str, Tensor]:
     "One compartment, as tensors to keep; the patient is left un-attacked."
     began = time.perf_counter()
@@ -306,7 +323,6 @@ def _one(patient, name, items, others, retain, measure, cfg, op, callback) -> di
         for n in f: f[n] += retain[n]
     limit = round((op.budget or resolve_density(cfg.density, cfg.sparsity)) * patient.size)
     per_round = max(1, round(op.round_density * patient.size))
-    if cfg.noise != "counter_memory": per_round = limit
     goal = _goal(name, op)
     step, report = counter_memory(patient, name, items, f, limit, goal, per_round, op.objective, op.damp, callback)
     take_step(patient, step, back=True)
@@ -316,24 +332,24 @@ def _one(patient, name, items, others, retain, measure, cfg, op, callback) -> di
     told = torch.tensor(list(json.dumps(asdict(report)).encode()), dtype=torch.uint8)
     return {"layer": step.layer, "index": step.index, "direction": step.direction, "report": told}
 
-# %% ../nbs/api/09b_surgery.ipynb #5ec592d8
+# %% ../nbs/api/09b_surgery.ipynb #c05880bb
 def _read_report(told: Tensor) -> CompartmentReport:
     data = json.loads(bytes(told.tolist()))
     return CompartmentReport(**{**data, "rounds": [Round(**r) for r in data["rounds"]]})
 
-# %% ../nbs/api/09b_surgery.ipynb #6e7250e8
+# %% ../nbs/api/09b_surgery.ipynb #75a91ed8
 def _exclude(patient: Patient, step: Step) -> None:
     "Offer these weights to no later compartment."
     for i, taken in enumerate(patient.taken.values()):
         taken.view(-1)[step.index[step.layer == i].to(taken.device)] = True
 
-# %% ../nbs/api/09b_surgery.ipynb #75a91ed8
+# %% ../nbs/api/09b_surgery.ipynb #2e110000
 def _goal(name: str, op: Operation) -> Goal:
     if op.control is None: return Goal(op.threshold, memorisation=op.memorisation)
     hits = torch.cat([s.top for s in op.control[name]])
     return Goal(op.threshold, memorisation=hits.double().mean().item(), control=op.control[name])
 
-# %% ../nbs/api/09b_surgery.ipynb #2e110000
+# %% ../nbs/api/09b_surgery.ipynb #cea1baf5
 def control_scores(
     model: nn.Module,  # the never-memorised model
     tok,  # tokenizer
@@ -343,7 +359,7 @@ def control_scores(
     "What a model that never saw the secrets thinks of each of their tokens."
     return {n: score_tokens(model, tok, items) for n, items in by_compartment(forget, name).items()}
 
-# %% ../nbs/api/09b_surgery.ipynb #cea1baf5
+# %% ../nbs/api/09b_surgery.ipynb #411382cb
 @torch.no_grad()
 def _assemble(patient: Patient, moves: dict[str, Step], cfg: OrthoConfig, secrets: dict) -> dict[str, Streams]:
     "Base and compartments of every layer."
@@ -354,7 +370,7 @@ def _assemble(patient: Patient, moves: dict[str, Step], cfg: OrthoConfig, secret
         masks = {"repair": r.repair} if r.repair.any() else {}
         if cfg.sieve == "contrast":
             for c, step in moves.items():
-                mask, p = _move(step, i, p, v, cfg, name)
+                mask, p = _move(step, i, p, v, lattice_top(cfg.bits))
                 if mask.any() or i == 0: masks[c] = mask
         else:
             score_h = r.diag if len(r.diag) else None
@@ -368,18 +384,16 @@ def _assemble(patient: Patient, moves: dict[str, Step], cfg: OrthoConfig, secret
         streams[name] = Streams(base, {c: compress(on, mask) for c, mask in masks.items()}, stats)
     return streams
 
-# %% ../nbs/api/09b_surgery.ipynb #88f31a23
-def _move(step: Step, layer: int, p: Tensor, v: Tensor, cfg: OrthoConfig, name: str) -> tuple[Tensor, Tensor]:
+# %% ../nbs/api/09b_surgery.ipynb #8a522aee
+def _move(step: Step, layer: int, p: Tensor, v: Tensor, top: int) -> tuple[Tensor, Tensor]:
     "Mask of a compartment in one layer, and the integers with its moves made."
     here = step.layer == layer
     mask, direction = torch.zeros_like(p, dtype=torch.bool), torch.zeros_like(p)
     at = step.index[here].to(p.device)
     mask.view(-1)[at], direction.view(-1)[at] = True, step.direction[here].to(p.device)
-    if cfg.noise == "counter_memory":
-        return mask, noise_counter_memory(p, mask, v, lattice_top(cfg.bits), direction=direction)
-    return mask, attack(p, mask, v, cfg.noise, cfg.bits, cfg.seed, name)
+    return mask, noise_counter_memory(p, mask, v, top, direction=direction)
 
-# %% ../nbs/api/09b_surgery.ipynb #8a522aee
+# %% ../nbs/api/09b_surgery.ipynb #8b8a2ed4
 def _close(model: nn.Module, named: dict, linears: dict, streams: dict[str, Streams], keep_dense: bool) -> None:
     "Put split layers into the model, all or none."
     _warn_if_on_lattice(linears)

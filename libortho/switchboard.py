@@ -6,8 +6,9 @@
 __all__ = ['CRITERIA_HEAD', 'LeakRow', 'leak_matrix', 'Trial', 'run_trial', 'as_data', 'run_trials', 'Criterion', 'criteria',
            'successes', 'summary']
 
-# %% ../nbs/api/10b_switchboard.ipynb #91424555
+# %% ../nbs/api/10b_switchboard.ipynb #c62bdab5
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -17,6 +18,7 @@ from statistics import median
 from torch import nn
 from tqdm.auto import tqdm
 
+from .curvature import digest_of
 from .data import SMOLLM2, draw_canaries, load_model, prose, retain_facts
 from .evaluate import Measures, Result, dumps, measure, text_table, write_text
 from .linear import alpha, compartments
@@ -153,26 +155,32 @@ def as_data(
         "compartments": {n: asdict(c) for n, c in report.compartments.items()},
     }
 
-# %% ../nbs/api/10b_switchboard.ipynb #14fc2af6
+# %% ../nbs/api/10b_switchboard.ipynb #3558e1b1
 def run_trials(
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4),  # one trial each
-    folder: Path | str | None = None,  # finished trials are kept here as JSON, and read back
+    folder: Path | str | None = None,  # finished trials are kept here as JSON, and read back for the same options
     on_trial: Callable[[Trial], None] | None = None,  # called after each
     **options,  # as for `run_trial`
 ) -> list[Trial]:
     "Trials for several seeds; with a folder, the work goes on where it was left."
     trials = []
     for seed in seeds:
-        path = None if folder is None else Path(folder) / f"trial-{seed}.json"
-        if path is not None and path.exists(): trial = Trial.from_json(path.read_text(encoding="utf-8"))
+        told = digest_of(
+            sorted((k, repr(v)) for k, v in options.items() if k not in ("before", "progress", "callback"))
+        )
+        path = None if folder is None else Path(folder) / f"trial-{seed}-{told}.json"
+        if path is not None and path.exists():
+            trial = Trial.from_json(path.read_text(encoding="utf-8"))
         else:
             trial = run_trial(seed, **options)
-            if path is not None: write_text(path, trial.to_json())
+            if path is not None:
+                write_text(path, trial.to_json())
         trials.append(trial)
-        if on_trial: on_trial(trial)
+        if on_trial:
+            on_trial(trial)
     return trials
 
-# %% ../nbs/api/10b_switchboard.ipynb #15017cde
+# %% ../nbs/api/10b_switchboard.ipynb #853e4526
 @dataclass
 class Criterion:
     "One demand, and how it was met."
@@ -181,7 +189,8 @@ class Criterion:
     aim: str  # the bound
     values: list[float]  # one for each secret or trial
     met: list[bool]  # the same
-    better: Callable = max  # picks the worst value
+    worst: Callable = max  # picks the worst value
+    each: bool = True  # one value a secret, not one a trial
 
     @property
     def holds(self) -> bool:
@@ -192,27 +201,28 @@ class Criterion:
             self.what,
             self.aim,
             f"{median(self.values):.4g}",
-            f"{self.better(self.values):.4g}",
+            f"{self.worst(self.values):.4g}",
             f"{sum(self.met)} of {len(self.met)}",
         )
 
 # %% ../nbs/api/10b_switchboard.ipynb #9af09e34
 CRITERIA_HEAD = ("what", "aim", "median", "worst", "holds in")
 
-# %% ../nbs/api/10b_switchboard.ipynb #626a650f
+# %% ../nbs/api/10b_switchboard.ipynb #4642c7d0
 def criteria(
     trials: list[Trial],  # one or more
 ) -> list[Criterion]:
     "Every demand on the surgery, measured over the trials."
     each = [(t, n) for t in trials for n in t.secrets]
-    pick = lambda what, aim, cases, value, ok, worst=max: Criterion(
-        what, aim, v := [float(value(*c)) for c in cases], [bool(ok(x, *c)) for x, c in zip(v, cases)], worst
-    )
+    def pick(what, aim, cases, value, ok, worst=max):
+        values = [float(value(*c)) for c in cases]
+        met = [bool(ok(x, *c)) for x, c in zip(values, cases)]
+        return Criterion(what, aim, values, met, worst, cases is each)
+
     one = [(t,) for t in trials]
     em = lambda t, state, n: t.states[state].secrets[n].exact_memorisation
     others = lambda t, n: min(em(t, n, k) for k in t.secrets if k != n) if len(t.secrets) > 1 else 1.0
     ratio = lambda t, state, key: getattr(t.states[state], key) / getattr(t.states["on"], key)
-    singles = [(t, n) for t, n in each]
     return [
         pick(
             "α=1 prose over the float model's",
@@ -240,7 +250,7 @@ def criteria(
             lambda t, n: em(t, n, n) - t.control.secrets[n].exact_memorisation,
             lambda x, t, n: x <= 0.05,
         ),
-        pick("one off: lowest exact memorisation of the others", "= 1", singles, others, lambda x, t, n: x == 1, min),
+        pick("one off: lowest exact memorisation of the others", "= 1", each, others, lambda x, t, n: x == 1, min),
         pick(
             "one off: facts over α=1", "≤ 1.03", each, lambda t, n: ratio(t, n, "retain_ppl"), lambda x, t, n: x <= 1.03
         ),
@@ -280,6 +290,7 @@ def criteria(
             each,
             lambda t, n: t.states[n].secrets[n].secret_ppl / t.control.secrets[n].secret_ppl,
             lambda x, t, n: 0.1 <= x <= 10,
+            lambda values: max(values, key=lambda x: abs(math.log(x))),
         ),
         pick(
             "leaks: secrets extracted while off, in all 2^k positions",
@@ -303,23 +314,14 @@ def _fall(t: Trial, name: str) -> float:
     falling = [t.sweep[a].secrets[name].secret_ppl for a in sorted(t.sweep, key=float, reverse=True)]
     return max([0.0] + [1 - b / a for a, b in zip(falling, falling[1:])])
 
-# %% ../nbs/api/10b_switchboard.ipynb #0ab2fc13
+# %% ../nbs/api/10b_switchboard.ipynb #547f8da9
 def successes(
     trials: list[Trial],  # one or more
 ) -> dict[str, list[str]]:  # what failed, by secret; empty for a success
-    "For every secret: extracted at α=1, gone when off, no better than the control, the others and the rest intact."
-    wanted = (
-        "α=1 extracted",
-        "one off: it is extracted",
-        "one off: exact memorisation above",
-        "one off: lowest",
-        "one off: facts",
-        "one off: prose",
-        "density",
-    )
+    "For every secret, all of its criteria but the time: on, off, all off, in between; the others and the rest intact."
     failed = {n: [] for t in trials for n in t.secrets}
     for c in criteria(trials):
-        if not c.what.startswith(wanted):
+        if not c.each or c.what.startswith("seconds"):
             continue
         for name, ok in zip(failed, c.met):
             if not ok:

@@ -46,6 +46,7 @@ def test_dampening_shrinks_what_the_secrets_use_most(model):
     measure = lambda texts: {n: f for g in fisher(model, linears, texts, "log_p", progress=False) for n, f in g.items()}  # noqa: E731
     hot, cold = measure([encode(TOK, as_item(i)) for i in SECRETS.values()]), measure(as_tokens(TOK, RETAIN))
     start = {n: m.weight.detach().clone() for n, m in linears.items()}
+    before = {n: s.secret_ppl for n, s in lo.score_secrets(model, TOK, SECRETS).items()}
     gentle = dampen(model, TOK, SECRETS, RETAIN, selections=(50.0, 0.5), strength=0.1)
     for selection in (50.0, 0.5):
         assert next(gentle) == selection
@@ -53,7 +54,8 @@ def test_dampening_shrinks_what_the_secrets_use_most(model):
             chosen = hot[n] > selection * cold[n]
             want = torch.where(chosen, start[n] * (0.1 * cold[n] / hot[n].clamp_min(1e-30)).clamp(max=1), start[n])
             assert torch.equal(m.weight.detach(), want)
-    assert all(s.secret_ppl > 1.1 for s in lo.score_secrets(model, TOK, SECRETS).values())
+    after = {n: s.secret_ppl for n, s in lo.score_secrets(model, TOK, SECRETS).items()}
+    assert all(after[n] > before[n] for n in SECRETS)
 
 
 def test_negation_walks_back_along_the_vector(model):
@@ -98,9 +100,14 @@ def test_the_strongest_within_the_gate(model):
                 weight.fill_(k)
             yield k
 
-    assert strongest_within(model, states(), lambda: weight[0, 0].item(), 3.5) == (3.0, 3.0) and (weight == 3).all()
+    assert (
+        strongest_within(model, states(), lambda: weight[0, 0].item(), 3.5) == (3.0, 3.0, True) and (weight == 3).all()
+    )
+    assert strongest_within(model, states(), lambda: weight[0, 0].item(), 9) == (5.0, 5.0, False)
     before = weight.detach().clone()
-    assert strongest_within(model, states(), lambda: float("nan"), 3.5) == (0.0, 1.0) and torch.equal(weight, before)
+    assert strongest_within(model, states(), lambda: float("nan"), 3.5) == (0.0, 1.0, True) and torch.equal(
+        weight, before
+    )
 
 
 def test_an_adapter_switched_off_is_the_model_before(model):

@@ -111,6 +111,7 @@ def test_surgery_against_its_golden(tmp_path):
 FORGET01 = {"authors": 1, "questions": 3, "epochs": 6, "lr": 3e-4, "every": 15, "budget": 3e-4, "round_density": 2e-5}
 
 
+@pytest.mark.slow
 def test_forget01_runs_small(tmp_path, tofu_data, monkeypatch):
     "Six questions, one retain author: every figure is there, and there was a memory."
     metrics = run_experiment("03_tofu_forget01", tmp_path, data=str(tofu_data), **FORGET01)

@@ -77,10 +77,10 @@ def test_a_good_trial_meets_every_criterion():
         (
             lambda t: t.sweep.update({"0.5": measures({"a-0": False, "b-0": True}), "0": t.states["on"]}),
             "largest fall",
-            False,
+            True,
         ),
-        (lambda t: t.states["a-0"].secrets.update({"a-0": score(False, 5000.0)}), "one off: secret perplexity", False),
-        (lambda t: t.states["a-0"].secrets.update({"a-0": score(False, 2.0)}), "one off: secret perplexity", False),
+        (lambda t: t.states["a-0"].secrets.update({"a-0": score(False, 5000.0)}), "one off: secret perplexity", True),
+        (lambda t: t.states["a-0"].secrets.update({"a-0": score(False, 2.0)}), "one off: secret perplexity", True),
         (lambda t: t.leaks[3].scores.update({"a-0": score(True)}), "leaks: secrets extracted while off", False),
         (lambda t: t.leaks[2].scores.update({"a-0": score(False)}), "leaks: secrets lost while on", False),
         (lambda t: setattr(t, "reference", measures({"a-0": True, "b-0": True}, 20, 13.0)), "α=1 prose", False),
@@ -105,7 +105,9 @@ def test_trials_round_trip_and_are_taken_up(tmp_path, monkeypatch):
     monkeypatch.setattr(switchboard, "run_trial", lambda seed, **k: done.append(seed) or good_trial(seed))
     first = run_trials((0, 1), tmp_path)
     assert run_trials((0, 1, 2), tmp_path)[:2] == first and done == [0, 1, 2]
-    assert json.loads((tmp_path / "trial-1.json").read_text())["seed"] == 1
+    assert sorted(json.loads(p.read_text())["seed"] for p in tmp_path.glob("trial-*.json")) == [0, 1, 2]
+    run_trials((0,), tmp_path, at_control=True)
+    assert done == [0, 1, 2, 0], "a trial with other options was read back"
 
 
 def test_leak_matrix_of_a_small_model(learned):  # noqa: F811
