@@ -46,7 +46,7 @@ def score_impact(
         raise ValueError(f"h must have shape [{w.shape[1]}], one entry per input, got {list(h.shape)}")
     return score_residual(w, base).square() * h.float()
 
-# %% ../nbs/api/01_sieve.ipynb #88dc19aa
+# %% ../nbs/api/01_sieve.ipynb #b008a081
 def contrast_floor(
     fisher: Tensor,  # curvature of what must stay, diagonal, [out, in]
     damp: float = 0.3,  # λ
@@ -54,7 +54,7 @@ def contrast_floor(
     "What is added to the curvature, so that a weight nothing hangs on does not win by that alone."
     return damp * fisher.float().median().item() + torch.finfo(torch.float32).tiny
 
-# %% ../nbs/api/01_sieve.ipynb #efbc4f70
+# %% ../nbs/api/01_sieve.ipynb #a7798b62
 def score_contrast(
     w: Tensor,  # weights [out, in]
     base: Tensor | None = None,  # not used
@@ -71,7 +71,7 @@ def score_contrast(
     floor = contrast_floor(fisher, damp) if floor is None else floor
     return grad.float().square().div_(fisher.float() + floor)
 
-# %% ../nbs/api/01_sieve.ipynb #fcfb8dbe
+# %% ../nbs/api/01_sieve.ipynb #f453bcc7
 SIEVES: dict[str, Callable] = {
     "magnitude": score_magnitude,
     "residual": score_residual,
@@ -79,7 +79,7 @@ SIEVES: dict[str, Callable] = {
     "contrast": score_contrast,
 }
 
-# %% ../nbs/api/01_sieve.ipynb #f453bcc7
+# %% ../nbs/api/01_sieve.ipynb #92e775d0
 def resolve_density(
     density: float | None = None,  # fraction kept, in (0, 1]
     sparsity: float | None = None,  # fraction dropped, in [0, 1)
@@ -94,7 +94,7 @@ def resolve_density(
         raise ValueError(f"{name} must be in {ok}, got {value:g}{hint}")
     return kept
 
-# %% ../nbs/api/01_sieve.ipynb #66885e60
+# %% ../nbs/api/01_sieve.ipynb #abc0dd1d
 def keep_top(
     score: Tensor,  # [out, in], finite, any float dtype
     density: float | None = None,  # fraction kept, in (0, 1]
@@ -110,7 +110,7 @@ def keep_top(
     k = round(density * flat.shape[1])
     return _top_k_mask(flat, k).reshape(score.shape)
 
-# %% ../nbs/api/01_sieve.ipynb #92e775d0
+# %% ../nbs/api/01_sieve.ipynb #f207a469
 def _top_k_mask(score: Tensor, k: int) -> Tensor:
     "Mask of the `k` largest of each row [n, m]; of equal scores the first."
     if k == 0: return torch.zeros_like(score, dtype=torch.bool)
@@ -119,7 +119,7 @@ def _top_k_mask(score: Tensor, k: int) -> Tensor:
     room = k - above.sum(1, keepdim=True)
     return above | (tied & (tied.cumsum(1) <= room))
 
-# %% ../nbs/api/01_sieve.ipynb #7d2ea000
+# %% ../nbs/api/01_sieve.ipynb #e8e609ff
 def sieve(
     w: Tensor,  # weights [out, in]
     by: str = "magnitude",  # score: a name in `SIEVES`
