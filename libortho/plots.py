@@ -176,7 +176,7 @@ def plot_alpha(
     ax.legend(frameon=False, fontsize=8)
     return fig
 
-# %% ../nbs/api/13_plots.ipynb #84315662
+# %% ../nbs/api/13_plots.ipynb #ee051009
 def plot_policies(
     rows: list[Result],  # policies on one model, each at two or more positions of the switches
     highlight: str = "counter_memory",  # noise mode whose row is drawn in colour
@@ -200,7 +200,7 @@ def plot_policies(
         ax.annotate(
             "never memorised",
             (1, control),
-            xytext=(0, 3),
+            xytext=(0, -10),
             textcoords="offset points",
             ha="right",
             fontsize=8,

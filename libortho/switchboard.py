@@ -34,7 +34,7 @@ class LeakRow:
     off: tuple[str, ...]  # compartments that are off
     scores: dict[str, SecretScore]  # every secret's scores, by name
 
-# %% ../nbs/api/10b_switchboard.ipynb #912959b0
+# %% ../nbs/api/10b_switchboard.ipynb #c8a17291
 def leak_matrix(
     model: nn.Module,  # patched, with a compartment for each secret
     tok,  # tokenizer
@@ -47,7 +47,7 @@ def leak_matrix(
     unknown = [n for n in items if n not in compartments(model)]
     if unknown:
         raise ValueError(f"the model has no compartment {unknown[0]!r}; it has {', '.join(compartments(model))}")
-    positions = sorted(product((1.0, 0.0), repeat=len(items)), key=lambda p: (p.count(0.0), [-a for a in p]))
+    positions = sorted(product((1.0, 0.0), repeat=len(items)), key=lambda p: (p.count(0.0), p))
     for position in tqdm(positions, desc="switches", leave=False, disable=not progress):
         off = tuple(n for n, a in zip(items, position) if a == 0)
         with alpha(model, dict(zip(items, position))):
