@@ -1,8 +1,11 @@
 """Builds the package. Everything that can be a setting is read from settings.ini, which nbdev reads too."""
+import os
+import runpy
+import shutil
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
@@ -17,8 +20,28 @@ def read_settings():
 
 
 def ext_modules():
-    """The kernels to compile ahead of time. None yet: the product runs on plain torch until there are."""
-    return []
+    """The kernels to compile ahead of time, where torch and a compiler are at hand; else they are when needed."""
+    if not any(shutil.which(c) for c in (os.environ.get("CXX", ""), "g++", "clang++") if c):
+        return []
+    try:
+        import torch
+    except ImportError:  # a build in isolation
+        return []
+    kernels, home = runpy.run_path(str(ROOT / "kernels" / "__init__.py")), Path(torch.__file__).parent
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    include = [f for p in ("include", "include/torch/csrc/api/include") for f in ("-isystem", str(home / p))]
+    return [
+        Extension(
+            # not a Python module: torch loads it, and finds it by what it was made from
+            f"libortho._kernels_{kernels['digest'](torch.__version__)}",
+            [f"kernels/{name}" for name in kernels["SOURCES"]],
+            depends=[f"kernels/{name}" for name in kernels["HEADERS"]],
+            extra_compile_args=[*kernels["FLAGS"], abi, *include],
+            extra_link_args=["-fopenmp", f"-L{home / 'lib'}", *(f"-l{name}" for name in kernels["LIBRARIES"])],
+            language="c++",
+            optional=True,
+        )
+    ]
 
 
 class SdistWithSettings(sdist):

@@ -6,7 +6,7 @@
 __all__ = ['OrthoLinear', 'check_switches', 'check_linear', 'find_linears', 'PatchReport', 'patch', 'ortho_layers', 'unpatch',
            'set_alpha', 'alpha', 'CompartmentInfo', 'compartments', 'original', 'fingerprint']
 
-# %% ../nbs/api/06_linear.ipynb #1821e7f0
+# %% ../nbs/api/06_linear.ipynb #70d76518
 import hashlib
 import warnings
 from collections.abc import Iterator
@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from .kernel import Product, backend, why_not
 from .lattice import lies_on_lattice
 from .streams import Base, Compartment, OrthoConfig, Streams, check_alpha, reconstruct, split
 
-# %% ../nbs/api/06_linear.ipynb #7ce6b3d0
+# %% ../nbs/api/06_linear.ipynb #35813b37
 class OrthoLinear(nn.Module):
     "A linear layer whose weight is `W_base + Σ α_c W_ortho[c]`."
 
@@ -46,6 +47,7 @@ class OrthoLinear(nn.Module):
         values = [c.values for c in streams.compartments.values()]
         self.register_buffer("_like", torch.empty(0, dtype=dtype or (values[0].dtype if values else torch.float32)))
         self._dense, self._dense_key, self._original, self._bypass = None, None, None, False
+        self._product, self._fits = None, not why_not(streams.base, self.dtype)
 
     @classmethod
     def from_linear(
@@ -84,6 +86,7 @@ class OrthoLinear(nn.Module):
     ) -> None:
         "Move switches. Raises ValueError for a value outside [0, 1] or an unknown name, before any is moved."
         self._alphas.update(check_switches(alpha, self._alphas))
+        if self._product: self._product.at(self._alphas)
 
     def dequantize(
         self,
@@ -113,8 +116,24 @@ class OrthoLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         "y = x W(α)ᵀ + b for x [..., in]."
-        w, b = self.weight.to(x.dtype), self.bias
-        return F.linear(x, w, b if b is None else b.to(x.dtype))
+        b = None if self.bias is None else self.bias.to(x.dtype)
+        if not self.takes_kernel(x): return F.linear(x, self.weight.to(x.dtype), b)
+        if self._product is None: self._repack()
+        y = self._product.at(self._alphas)(x)
+        return y if b is None else y + b
+
+    def takes_kernel(
+        self,
+        x: Tensor,  # [..., in]
+    ) -> bool:
+        "Does the compiled kernel compute this call, or the rebuilt weight?"
+        few = not self.keep_dense or x.numel() <= 64 * self.in_features
+        plain = x.dtype in (torch.float32, torch.bfloat16, torch.float16) and x.device == self.packed.device
+        wanted = torch.is_grad_enabled() and x.requires_grad
+        return few and plain and not wanted and not self._bypass and self._fits and backend(x.device.type) == "cpu"
+
+    @torch.compiler.disable
+    def _repack(self) -> None: self._product = Product.of(self.base, self.compartments)
 
     def _apply(self, fn, recurse=True):
         "Move or cast as a module does, but keep scales in bfloat16: they are part of the format."
@@ -122,11 +141,12 @@ class OrthoLinear(nn.Module):
         super()._apply(fn, recurse)
         if self.scales.dtype != scales.dtype:
             self.scales = scales.to(self.scales.device)
-        self._dense = self._dense_key = None
+        self._dense = self._dense_key = self._product = None
+        self._fits = not why_not(self.base, self.dtype)
         return self
 
     def _load_from_state_dict(self, *args, **kwargs):
-        self._dense = self._dense_key = None
+        self._dense = self._dense_key = self._product = None
         super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:

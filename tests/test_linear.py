@@ -64,10 +64,12 @@ def test_density_one_is_the_original():
     linear = nn.Linear(32, 8)
     layer = OrthoLinear.from_linear(linear, lo.OrthoConfig(group_size=16, density=1.0, noise="post_clamp"))
     x = torch.randn(5, 32)
-    assert torch.equal(layer.weight, linear.weight) and torch.equal(layer(x), linear(x))
+    assert torch.equal(layer.weight, linear.weight)
+    torch.testing.assert_close(layer(x), linear(x))  # the kernel sums in another order
 
 
-def test_keep_dense_changes_nothing_but_memory():
+def test_keep_dense_changes_nothing_but_memory(monkeypatch):
+    monkeypatch.setenv("LIBORTHO_BACKEND", "reference")
     linear, x = nn.Linear(64, 8), torch.randn(3, 64)
     a, b = (OrthoLinear.from_linear(linear, CFG, keep_dense=k) for k in (True, False))
     for alpha in (1.0, 0.0, 0.5):
