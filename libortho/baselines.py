@@ -6,16 +6,16 @@
 __all__ = ['UNLEARN', 'ascent_loss', 'difference_loss', 'npo_loss', 'secret_logp', 'train_away', 'dampen', 'negate',
            'strongest_within', 'with_adapter']
 
-# %% ../nbs/api/09c_baselines.ipynb #097c07d2
+# %% ../nbs/api/09c_baselines.ipynb #03ee5169
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .curvature import Tokens, fisher
+from .curvature import Tokens, fisher, merged
 from .linear import find_linears
-from .memory import Item, _token_losses, answer_loss, as_items, encode
+from .memory import Item, _answer_losses, answer_loss, as_items, encode
 from .patient import as_tokens
 
 # %% ../nbs/api/09c_baselines.ipynb #03c70a99
@@ -33,15 +33,13 @@ def npo_loss(model: nn.Module, forget: list[Tokens], retain: list[Tokens], start
     "Negative preference optimisation; `start` is the log-probability of each secret before the first step."
     return 2 / beta * F.softplus(beta * (secret_logp(model, forget) - start)).mean()
 
-# %% ../nbs/api/09c_baselines.ipynb #d60d0370
+# %% ../nbs/api/09c_baselines.ipynb #51c43513
 def secret_logp(
     model: nn.Module,  # causal language model
     texts: list[Tokens],  # secrets
 ) -> Tensor:  # log-probability of each secret as a whole, [n], with gradient
     "Sum of log p over each secret's tokens."
-    losses, _ = _token_losses(model, texts)
-    starts = torch.tensor([t.start for t in texts], device=losses.device)
-    return -(losses * (torch.arange(losses.shape[1], device=losses.device) >= starts[:, None] - 1)).sum(1)
+    return -_answer_losses(model, texts)[0].sum(1)
 
 # %% ../nbs/api/09c_baselines.ipynb #7fdd31ed
 UNLEARN: dict[str, Callable] = {"GradAscent": ascent_loss, "GradDiff": difference_loss, "NPO": npo_loss}
@@ -71,7 +69,7 @@ def train_away(
         optimiser.zero_grad(set_to_none=True)
         yield step
 
-# %% ../nbs/api/09c_baselines.ipynb #af4ba550
+# %% ../nbs/api/09c_baselines.ipynb #b3482761
 def dampen(
     model: nn.Module,  # causal language model that knows the secrets, changed in place
     tok,  # tokenizer
@@ -82,7 +80,7 @@ def dampen(
 ) -> Iterator[float]:  # α, after the weights were dampened with it
     "Selective synaptic dampening with ever lower selection thresholds."
     linears = find_linears(model)
-    measure = lambda texts: {n: f for g in fisher(model, linears, texts, "log_p", progress=False) for n, f in g.items()}
+    measure = lambda texts: merged(fisher(model, linears, texts, "log_p", progress=False))
     hot = measure([encode(tok, i) for i in as_items(forget).values()])
     cold = measure(as_tokens(tok, retain, 256))
     start = {n: m.weight.detach().clone() for n, m in linears.items()}
@@ -93,30 +91,18 @@ def dampen(
                 m.weight.copy_(torch.where(hot[n] > selection * cold[n], start[n] * shrink, start[n]))
         yield selection
 
-# %% ../nbs/api/09c_baselines.ipynb #17858402
+# %% ../nbs/api/09c_baselines.ipynb #ae05730c
 def negate(
     model: nn.Module,  # causal language model that knows the secrets, changed in place
     tok,  # tokenizer
     forget: dict[str, Item] | list[Item],  # secrets
-    scales: tuple[float, ...] = (
-        0.25,
-        0.5,
-        1.0,
-        1.5,
-        2.0,
-        3.0,
-        4.0,
-        6.0,
-        8.0,
-    ),  # how far back, in lengths of the vector
+    scales: tuple[float, ...] = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0),  # how far back, in lengths of the vector
     steps: int = 10,  # steps of further fine-tuning that make the vector
     lr: float = 1e-4,  # their learning rate
 ) -> Iterator[float]:  # the scale, after walking back so far
     "Task-vector negation with ever larger scales."
-    secrets, start = (
-        [encode(tok, i) for i in as_items(forget).values()],
-        [p.detach().clone() for p in model.parameters()],
-    )
+    secrets = [encode(tok, i) for i in as_items(forget).values()]
+    start = [p.detach().clone() for p in model.parameters()]
     optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     for _ in range(steps):
         optimiser.zero_grad(set_to_none=True)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['answers', 'AnswerScores', 'rouge_recall', 'score_answers', 'model_utility', 'forget_quality']
 
-# %% ../nbs/api/10a_benchmark.ipynb #9e47693b
+# %% ../nbs/api/10a_benchmark.ipynb #82eaff6d
 import math
 from dataclasses import dataclass
 from statistics import harmonic_mean
@@ -15,9 +15,9 @@ from rouge_score.rouge_scorer import RougeScorer
 from scipy.stats import ks_2samp
 from torch import nn
 
-from .memory import as_item, extraction_strength, pooled_perplexity, score_tokens
+from .memory import as_item, extraction_strength, pad_id, pooled_perplexity, score_tokens
 
-# %% ../nbs/api/10a_benchmark.ipynb #4da3bb87
+# %% ../nbs/api/10a_benchmark.ipynb #c0acc1bd
 @torch.no_grad()
 def answers(
     model: nn.Module,  # causal language model
@@ -31,7 +31,7 @@ def answers(
     prompts = [torch.tensor(tok(i["prompt"]).input_ids) for i in items]
     lengths = [max(at_least, len(tok(i["secret"], add_special_tokens=False).input_ids)) for i in items]
     order, out = sorted(range(len(items)), key=lambda i: lengths[i]), [""] * len(items)
-    pad = tok.pad_token_id if tok.pad_token_id is not None else tok.eos_token_id
+    pad = pad_id(tok)
     for chunk in (order[i:i + batch_size] for i in range(0, len(order), batch_size)):
         width = max(len(prompts[i]) for i in chunk)
         ids = torch.stack([nn.functional.pad(prompts[i], (width - len(prompts[i]), 0), value=pad) for i in chunk])

@@ -6,7 +6,7 @@
 __all__ = ['OBJECTIVES', 'log_not_p', 'Round', 'Goal', 'forget_pass', 'Step', 'choose_step', 'take_step', 'CompartmentReport',
            'counter_memory', 'shorten']
 
-# %% ../nbs/api/09a_counter.ipynb #d736e197
+# %% ../nbs/api/09a_counter.ipynb #570512e5
 import math
 import time
 from collections.abc import Callable
@@ -15,19 +15,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .curvature import Tokens, log_p
+from .curvature import Tokens, log_others, log_p
 from .lattice import lattice_top
-from .memory import Item, TokenScores, as_item, encode, greedy_extraction, score_tokens
+from .memory import Item, TokenScores, as_item, encode, greedy_extraction, padded, score_tokens
 from .patient import Patient, Rounded
 from .sieve import contrast_floor, score_contrast
 
-# %% ../nbs/api/09a_counter.ipynb #a626cd04
+# %% ../nbs/api/09a_counter.ipynb #bd6c58b2
 def log_not_p(
     logits: Tensor,  # [n, vocabulary]
     target: Tensor,  # int64 [n]
 ) -> Tensor:  # [n]
     "log(1 − p) of each target, without cancellation where p is close to 1."
-    return logits.scatter(1, target[:, None], -torch.inf).logsumexp(1) - logits.logsumexp(1)
+    return log_others(logits, target) - logits.logsumexp(1)
 
 # %% ../nbs/api/09a_counter.ipynb #670708e3
 OBJECTIVES = {"bounded": log_not_p, "ascent": lambda logits, target: -log_p(logits, target)}
@@ -79,7 +79,7 @@ class Goal:
         "The items that greedy decoding must not recite: all but those that the control recites too."
         return items if self.control is None else [i for i, s in zip(items, self.control) if not s.top.all()]
 
-# %% ../nbs/api/09a_counter.ipynb #079fa6b7
+# %% ../nbs/api/09a_counter.ipynb #f854947c
 def forget_pass(
     model: nn.Module,  # its parameters' gradients are added to
     texts: list[Tokens],  # secrets
@@ -91,8 +91,7 @@ def forget_pass(
     device, out = next(model.parameters()).device, []
     for i in range(0, len(texts), batch_size):
         chunk = texts[i:i + batch_size]
-        ids = nn.utils.rnn.pad_sequence([t.ids for t in chunk], batch_first=True).to(device)
-        seen = (torch.arange(ids.shape[1]) < torch.tensor([len(t.ids) for t in chunk])[:, None]).to(device)
+        ids, seen = padded(chunk, device)
         logits = model(input_ids=ids, attention_mask=seen.long(), use_cache=False).logits
         rows = torch.cat([logits[k, t.start - 1:len(t.ids) - 1] for k, t in enumerate(chunk)]).float()
         target = torch.cat([t.ids[t.start:] for t in chunk]).to(device)

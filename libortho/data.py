@@ -330,7 +330,7 @@ def load_tofu(
 # %% ../nbs/api/08_data.ipynb #f38ba5f2
 _RECIPE = 1  # raise it when `memory.finetune` trains otherwise, so that old models are not used
 
-# %% ../nbs/api/08_data.ipynb #02394baa
+# %% ../nbs/api/08_data.ipynb #a1b2eddc
 def finetuned(
     items: list[dict],  # items {"prompt", "secret"} to learn
     name: str | os.PathLike = SMOLLM2,  # the model to start from
@@ -340,17 +340,17 @@ def finetuned(
 ):  # (model in eval mode, tokenizer)
     "A fine-tuned model and its tokenizer, from the cache if the same was made before."
     pairs = [[i["prompt"], i["secret"]] for i in items]
-    start = digest_of(*load_model(name)[0].state_dict().values())
+    model, tok = load_model(name)
+    start = digest_of(*model.state_dict().values())
     out = cache_dir() / "finetuned" / digest_of(_RECIPE, start, pairs, seed, sorted(recipe.items()))
     out.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{out}.lock"):
-        if not out.exists(): _finetune_into(out, items, name, seed=seed, progress=progress, **recipe)
+        if not out.exists(): _finetune_into(out, model, tok, items, seed=seed, progress=progress, **recipe)
     return load_model(out)
 
-# %% ../nbs/api/08_data.ipynb #8e3ae038
-def _finetune_into(out: Path, items: list[dict], name: str | os.PathLike, **kwargs) -> None:
+# %% ../nbs/api/08_data.ipynb #e6ecff6d
+def _finetune_into(out: Path, model, tok, items: list[dict], **kwargs) -> None:
     "Train, write under a temporary name, rename."
-    model, tok = load_model(name)
     finetune(model, tok, items, **kwargs)
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)

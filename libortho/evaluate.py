@@ -465,7 +465,7 @@ def compare_row(
     ]
     return (r.label, share(r.density), *pairs, f"{v.outcome}: {v.short}")
 
-# %% ../nbs/api/10_evaluate.ipynb #361a3be2
+# %% ../nbs/api/10_evaluate.ipynb #0ec1bc99
 def compare(
     model: nn.Module,  # a model that knows the secrets; patched and unpatched in turn, and left as it was
     tok,  # tokenizer
@@ -483,16 +483,16 @@ def compare(
     if reference is None:
         reference = measure(model, tok, forget, retain, texts)
     common = {"forget": forget, "retain": retain, "texts": texts, "alphas": alphas}
-    return _fill(Comparison(control, reference, planned=len(configs)), model, tok, configs, common, on_row, progress)
+    c = Comparison(control, reference, planned=len(configs))
+    return _fill(c, _policies(c, model, tok, configs, **common), on_row, progress)
 
-# %% ../nbs/api/10_evaluate.ipynb #83abe433
-def _fill(c: Comparison, model: nn.Module, tok, configs: dict, common: dict, on_row: Callable | None, progress: bool):
-    "Add a row for each configuration; an interrupt ends it early."
-    common = {**common, "control": c.control, "reference": c.reference, "memo": {}}
-    for label, cfg in (bar := tqdm(configs.items(), desc="policies", disable=not progress)):
+# %% ../nbs/api/10_evaluate.ipynb #f325c10b
+def _fill(c: Comparison, jobs: dict[str, Callable[[], Result]], on_row: Callable | None, progress: bool) -> Comparison:
+    "Add the row that each job makes; an interrupt ends it early."
+    for label, job in (bar := tqdm(jobs.items(), desc="rows", disable=not progress)):
         bar.set_postfix_str(label)
         try:
-            c.rows.append(_compare_one(model, tok, cfg, label, **common))
+            c.rows.append(job())
             if on_row:
                 on_row(c)
         except KeyboardInterrupt:
@@ -500,12 +500,18 @@ def _fill(c: Comparison, model: nn.Module, tok, configs: dict, common: dict, on_
             break
     return c
 
-# %% ../nbs/api/10_evaluate.ipynb #e20baca8
+# %% ../nbs/api/10_evaluate.ipynb #f667a219
+def _policies(c: Comparison, model: nn.Module, tok, configs: dict[str, OrthoConfig], **common) -> dict[str, Callable]:
+    "One job a configuration, for `_fill`; equal weights are measured once."
+    common |= {"control": c.control, "reference": c.reference, "memo": {}}
+    return {k: lambda k=k, cfg=cfg: _compare_one(model, tok, cfg, k, **common) for k, cfg in configs.items()}
+
+# %% ../nbs/api/10_evaluate.ipynb #78a24161
 def _compare_one(model: nn.Module, tok, cfg: OrthoConfig, label: str, **kwargs) -> Result:
     "Split, evaluate, unpatch; the model is left unpatched whatever happens."
     try:
         if cfg.sieve == "contrast" or cfg.projection == "gptq":
-            decompose(model, tok, cfg, kwargs["forget"], progress=False)
+            decompose(model, tok, cfg, kwargs["forget"] if cfg.sieve == "contrast" else None, progress=False)
         else:
             patch(model, cfg)
         return replace(evaluate(model, tok, label=label, **kwargs), config=cfg)
@@ -542,7 +548,7 @@ def tofu_configs(
     grid = {f"{name(p)} + {n} @ {d:g}": make(p, n, d) for d in densities for p in policies for n in noises}
     return grid | ({"gptq + counter_memory": SURGERY} if surgery else {})
 
-# %% ../nbs/api/10_evaluate.ipynb #30855189
+# %% ../nbs/api/10_evaluate.ipynb #688da206
 def tofu(
     configs: dict[str, OrthoConfig] | None = None,  # by label; `tofu_configs()` if not given
     model: str = SMOLLM2,  # "smollm2-135m", a Hugging Face id or a path
@@ -571,7 +577,7 @@ def tofu(
     if on_start:
         on_start(c)
     common = {"forget": forget, "texts": texts, "alphas": alphas}
-    return _fill(c, lm, tok, configs, common, on_row, progress)
+    return _fill(c, _policies(c, lm, tok, configs, **common), on_row, progress)
 
 # %% ../nbs/api/10_evaluate.ipynb #d38dfe99
 _PAGE = Environment(autoescape=True).from_string("""<!doctype html>

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SURGERY', 'as_tokens', 'Rounded', 'round_layer', 'round_model', 'Patient', 'on_the_table']
 
-# %% ../nbs/api/09_patient.ipynb #2ba7462e
+# %% ../nbs/api/09_patient.ipynb #a4ab3ada
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .curvature import Tokens, hessians
+from .curvature import Tokens, hessians, only_these
 from .lattice import PROJECTIONS, dequantize, fit_scales, nearest
 from .memory import Item, as_item, encode
 from .sieve import keep_top, score_impact
@@ -94,7 +94,7 @@ def round_model(
                 bar.update()
     return rounded
 
-# %% ../nbs/api/09_patient.ipynb #a2753daf
+# %% ../nbs/api/09_patient.ipynb #fe738296
 @dataclass
 class Patient:
     "A model in surgery: its layers hold the base, and steps are taken on them."
@@ -108,9 +108,7 @@ class Patient:
     @property
     def size(self) -> int: return sum(r.q.numel() for r in self.rounded.values())
 
-    def gradients(self) -> dict[str, nn.Parameter]: return {n: m.weight for n, m in self.linears.items()}
-
-# %% ../nbs/api/09_patient.ipynb #316414fb
+# %% ../nbs/api/09_patient.ipynb #039f1de7
 @contextmanager
 def on_the_table(
     model: nn.Module,  # its layers hold the base inside the block, and what they were after it
@@ -118,22 +116,14 @@ def on_the_table(
     rounded: dict[str, Rounded],  # the base
 ) -> Iterator[None]:
     "Put the base into a model's layers for the time of the block, and let only these have gradients."
-    before = {n: m.weight.data for n, m in linears.items()}
-    flags, was_training = {p: (p.requires_grad, p.grad) for p in model.parameters()}, model.training
+    before, was_training = {n: m.weight.data for n, m in linears.items()}, model.training
     try:
-        for p in flags:
-            p.requires_grad_(False)
-            p.grad = None
         for n, m in linears.items():
             m.weight.data = rounded[n].dense(before[n])
-            m.weight.requires_grad_(True)
         model.eval()
-        with torch.enable_grad():
+        with only_these(model, [m.weight for m in linears.values()]):
             yield
     finally:
         for n, m in linears.items():
             m.weight.data = before[n]
-        for p, (flag, grad) in flags.items():
-            p.requires_grad_(flag)
-            p.grad = grad
         model.train(was_training)

@@ -5,23 +5,20 @@
 # %% auto #0
 __all__ = ['policies', 'low_curvature_off', 'destructive', 'destroy', 'adapter', 'rivals']
 
-# %% ../nbs/api/10c_rivals.ipynb #f083c020
+# %% ../nbs/api/10c_rivals.ipynb #c3aea43f
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from .baselines import UNLEARN, dampen, negate, strongest_within, train_away, with_adapter
 from .curvature import high_curvature, kfac
 from .data import SMOLLM2, load_model, prose, retain_facts
-from .evaluate import GATES, Comparison, Measures, Result, evaluate, measure, tofu_configs
-from .linear import find_linears, patch, unpatch
+from .evaluate import GATES, Comparison, Measures, Result, _fill, _policies, measure, tofu_configs
+from .linear import find_linears
 from .memory import Item, implant, perplexity
 from .patient import SURGERY, as_tokens
 from .streams import OrthoConfig
-from .surgery import decompose
 
 # %% ../nbs/api/10c_rivals.ipynb #a7a2269e
 def policies(
@@ -121,7 +118,7 @@ def adapter(
     with wrapped.disable_adapter(): off = look(wrapped, tok)
     return Result({1.0: on, 0.0: off}, control, on, label="LoRA switched off")
 
-# %% ../nbs/api/10c_rivals.ipynb #bd1b7f12
+# %% ../nbs/api/10c_rivals.ipynb #ebe8c916
 def rivals(
     model: nn.Module,  # a model that knows the secrets; it is given back as it was
     tok,  # tokenizer
@@ -146,34 +143,11 @@ def rivals(
         raise ValueError(f"method {unknown[0]!r} is not known; choose from {', '.join(known)}")
     look = lambda m, t: measure(m, t, forget, texts=texts)
     c = Comparison(control, look(model, tok), settings={"secrets": list(forget), "alphas": list(alphas), "seed": seed})
-    common = {"forget": forget, "texts": texts, "alphas": alphas, "control": control, "reference": c.reference}
     configs, see = policies(seed) if configs is None else configs, lambda: look(model, tok)
-    jobs = {k: lambda k=k, cfg=cfg: _policy(model, tok, k, cfg, common) for k, cfg in configs.items()}
+    jobs = _policies(c, model, tok, configs, forget=forget, texts=texts, alphas=alphas)
     for m in known if methods is None else methods:
         jobs[m] = lambda m=m: destroy(model, tok, m, known[m](model, tok), see, control, c.reference, texts)
     if with_lora:
         jobs["LoRA"] = lambda: adapter(forget, look, control, base, seed)
     c.planned = len(jobs)
-    for label, job in (bar := tqdm(jobs.items(), desc="rivals", disable=not progress)):
-        bar.set_postfix_str(label)
-        try:
-            c.rows.append(job())
-            if on_row:
-                on_row(c)
-        except KeyboardInterrupt:
-            c.stopped = True
-            break
-    return c
-
-# %% ../nbs/api/10c_rivals.ipynb #7c6c1744
-def _policy(model: nn.Module, tok, label: str, cfg: OrthoConfig, common: dict) -> Result:
-    "Split, evaluate, unpatch."
-    (
-        decompose(model, tok, cfg, common["forget"] if cfg.sieve == "contrast" else None, progress=False)
-        if cfg.projection == "gptq"
-        else patch(model, cfg)
-    )
-    try:
-        return replace(evaluate(model, tok, label=label, **common), config=cfg)
-    finally:
-        unpatch(model)
+    return _fill(c, jobs, on_row, progress)

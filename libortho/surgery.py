@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REPORT_HEAD', 'SurgeryReport', 'Operation', 'decompose', 'by_compartment', 'control_scores']
 
-# %% ../nbs/api/09b_surgery.ipynb #04558c21
+# %% ../nbs/api/09b_surgery.ipynb #c51c5a87
 import json
 import time
 import warnings
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .counter import OBJECTIVES, CompartmentReport, Goal, Round, Step, counter_memory, take_step
-from .curvature import QUANTITIES, Tokens, digest_of, fisher, kept
+from .curvature import QUANTITIES, Tokens, digest_of, fisher, kept, merged
 from .data import prose, retain_facts
 from .lattice import check_weight, dequantize, lattice_top, natural, pack, pick
 from .linear import OrthoLinear, _put_all, _stand_in, _warn_if_on_lattice, find_linears
@@ -281,14 +281,13 @@ def _base_stage(model, linears, cfg, op, texts, stage, report, progress) -> dict
     report.seconds["base"] = tensors["seconds"].item()  # also where it was read back
     return rounded
 
-# %% ../nbs/api/09b_surgery.ipynb #422bed0f
+# %% ../nbs/api/09b_surgery.ipynb #2cdf965a
 def _operate(patient, secrets, keep, cfg, op, stage, report, callback, progress) -> dict[str, Step]:
     "The contrast route: one compartment after the other, each from the un-attacked base."
     moves, model, linears = {}, patient.model, patient.linears
 
     def measure(texts):
-        groups = fisher(model, linears, texts, op.curvature, float("inf"), progress=progress)
-        return {n: f for group in groups for n, f in group.items()}
+        return merged(fisher(model, linears, texts, op.curvature, float("inf"), progress=progress))
 
     with on_the_table(model, linears, patient.rounded):
         began = time.perf_counter()

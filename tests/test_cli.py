@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 from test_switchboard import good_trial
@@ -181,7 +182,7 @@ def test_surgery_prints_the_criteria_and_writes_files(monkeypatch, tmp_path):
     files = {"--json": tmp_path / "a" / "s.json", "--report": tmp_path / "s.html"}
     stand_in = trials_from(good_trial(0), good_trial(1))
     args = [str(x) for pair in files.items() for x in pair]
-    result = call_surgery(monkeypatch, stand_in, "--seed", "0", "--seed", "1", "--no-policies", "--at-control", *args)
+    result = call_surgery(monkeypatch, stand_in, "--seed", "0", "--seed", "1", "--no-policies", *args)
     assert result.exit_code == 0, result.output
     assert "4 of 4 secrets succeed." in result.output and "one off: it is extracted" in result.output
     assert [s[0] for s in stand_in.seen] == [(0,), (1,)] and all(s[2]["at_control"] for s in stand_in.seen)
@@ -211,6 +212,11 @@ def test_surgery_interrupted_and_bad_input(monkeypatch, tmp_path):
 
     result = call_surgery(monkeypatch, stop, "--folder", str(tmp_path))
     assert result.exit_code == 130 and "finished seeds are in" in result.output
+
+    stopped = SimpleNamespace(rows=[], stopped=True)  # Ctrl-C while the policies ran
+    monkeypatch.setattr("libortho.rivals.rivals", lambda *args, **kwargs: stopped)
+    goes_on = lambda seeds, folder=None, on_trial=None, before=None, **k: before(None, None, None, {})  # noqa: E731
+    assert call_surgery(monkeypatch, goes_on).exit_code == 130
 
     def refuse(*args, **kwargs):
         raise ValueError("density must be in (0, 1], got 7")

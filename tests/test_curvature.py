@@ -16,14 +16,11 @@ from libortho.curvature import (
     kfac,
     log_odds,
     log_p,
+    merged,
     per_token,
 )
 from libortho.lattice import fit_scales, nearest
 from libortho.linear import find_linears
-
-
-def merged(groups):
-    return {n: t for group in groups for n, t in group.items()}
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from papermill.exceptions import PapermillExecutionError
 from papermill_harness import differences, run_experiment
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -117,10 +118,29 @@ def test_forget01_runs_small(tmp_path, tofu_data, monkeypatch):
     metrics = run_experiment("03_tofu_forget01", tmp_path, data=str(tofu_data), **FORGET01)
     assert metrics["valid"] and set(metrics["forget_quality"]) >= {"control", "full, float", "α = 1", "α = 0"}
     aims = {a["what"]: a for a in metrics["aims"]}
-    off = aims["α=0 forget exact memorisation − control's"]
+    off = aims["author 1: α=0 − control, exact memorisation"]
     on = sum(metrics["scores"]["α = 1"]["author 1"]["exact_memorisation"]) / 3
     control = sum(metrics["scores"]["control"]["author 1"]["exact_memorisation"]) / 3
     assert off["value"] < on - control, "the switch did nothing"
+
+
+SMALL_RACE = {"shapes": [[64, 128], [128, 256]], "tokens": [1, 16], "densities": [0.005], "rotate_mb": 1, "rounds": 2}
+
+
+def test_performance_runs_small(tmp_path):
+    "Every contender has a time in every cell; how long it was is not a test."
+    metrics = run_experiment("04_performance", tmp_path, decode=[], **SMALL_RACE)
+    assert metrics["valid"] and max(metrics["errors"].values()) < 1e-5
+    contenders = {r["contender"] for r in metrics["layers"]}
+    assert len(metrics["layers"]) == 2 * 2 * len(contenders) and {"bfloat16", "closed", "open, 0.005"} <= contenders
+    assert all(r["ms"] > 0 for r in metrics["layers"]) and metrics["aims"]
+
+
+def test_performance_refuses_a_kernel_that_did_not_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("LIBORTHO_BACKEND", "reference")
+    with pytest.raises(PapermillExecutionError, match="INVALID: the compiled kernel is not what would run"):
+        run_experiment("04_performance", tmp_path, decode=[], **SMALL_RACE)
+    assert not (tmp_path / "metrics.json").exists()
 
 
 def test_unknown_parameters_are_refused(tmp_path):

@@ -50,7 +50,6 @@ def good_trial(seed=0):
         {"1": states["on"], "0.5": measures(off()), "0": states["off"]},
         report,
         25,
-        20.0,
         dict.fromkeys(names, 5e-5),
     )
 
@@ -72,7 +71,7 @@ def test_a_good_trial_meets_every_criterion():
         (lambda t: t.states.update({"a-0": measures({"a-0": False, "b-0": True}, 20, 15.3)}), "one off: prose", True),
         (lambda t: t.densities.update({"a-0": 2e-4}), "density", True),
         (lambda t: t.surgery["compartments"]["a-0"].update(seconds=61.0), "seconds for a compartment", False),
-        (lambda t: setattr(t, "split_seconds", 61.0), "seconds to put", False),
+        (lambda t: t.surgery["seconds"].update(base=61.0), "seconds to put", False),
         (lambda t: t.states.update(off=measures({"a-0": False, "b-0": False}, 22)), "all off: facts", False),
         (
             lambda t: t.sweep.update({"0.5": measures({"a-0": False, "b-0": True}), "0": t.states["on"]}),
@@ -106,7 +105,7 @@ def test_trials_round_trip_and_are_taken_up(tmp_path, monkeypatch):
     first = run_trials((0, 1), tmp_path)
     assert run_trials((0, 1, 2), tmp_path)[:2] == first and done == [0, 1, 2]
     assert sorted(json.loads(p.read_text())["seed"] for p in tmp_path.glob("trial-*.json")) == [0, 1, 2]
-    run_trials((0,), tmp_path, at_control=True)
+    run_trials((0,), tmp_path, at_control=False)
     assert done == [0, 1, 2, 0], "a trial with other options was read back"
 
 
