@@ -15,7 +15,7 @@ ifneq ($(MADE_IN),$(CURDIR))
 .PHONY: $(READY)
 endif
 
-.PHONY: help setup demo test lab docs sync lib readme clean
+.PHONY: help setup demo test bench lab docs sync lib readme clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -37,6 +37,11 @@ test: $(READY) ## style, modules against notebooks, notebooks, tests
 	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test
 	@echo "== tests"
 	@$(BIN)/python -m pytest tests -m "not slow"
+
+bench: $(READY) ## race the kernel against the libraries; writes reports/04_performance
+	@mkdir -p reports/04_performance
+	@$(BIN)/papermill nbs/experiments/04_performance.ipynb reports/04_performance/04_performance.ipynb \
+	  -p out "$(CURDIR)/reports/04_performance"
 
 lab: $(READY) ## open the notebooks in JupyterLab, which cleans them as it saves
 	@cd nbs && ../$(BIN)/jupyter lab --ContentsManager.pre_save_hook=nbdev.clean.clean_jupyter \
