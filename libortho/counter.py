@@ -170,7 +170,7 @@ def _scale_index(at: Tensor, r: Rounded) -> Tensor:
     "Place of each weight's scale in the flattened scales."
     return torch.div(at, r.q.numel() // r.s.numel(), rounding_mode="floor")
 
-# %% ../nbs/api/09a_counter.ipynb #322e0b4d
+# %% ../nbs/api/09a_counter.ipynb #e6aeb553
 @dataclass
 class CompartmentReport:
     "How the surgery on one compartment went."
@@ -181,8 +181,6 @@ class CompartmentReport:
     budget: int = 0  # most weights to move
     moved: dict[str, int] = field(default_factory=dict)  # weights moved, by layer
     seconds: float = 0.0  # wall time
-    guard: float = 1.0  # weight that the other memories had in the retain curvature
-    lost: int = 0  # tokens of the other memories that stopped being the argmax
 
     def __str__(self) -> str:
         r = self.rounds[-1]
