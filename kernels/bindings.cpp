@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <tuple>
 #include <vector>
 
@@ -19,10 +20,10 @@ using at::Tensor;
 std::atomic<int> isa_limit{static_cast<int>(Isa::avx512_vnni)};
 Isa isa() { return std::min(best_isa(), static_cast<Isa>(isa_limit.load())); }
 
-// Use at most this instruction set (0 plain, 1 AVX2, 2 AVX-512, 3 with VNNI); returns the one that is used now.
+// Use at most this instruction set (0 plain, 1 AVX2, 2 AVX-512, 3 with VNNI; -1 changes nothing); returns the one in use.
 int64_t limit_isa(int64_t limit) {
-  TORCH_CHECK_VALUE(0 <= limit && limit <= 3, "limit must be 0, 1, 2 or 3, got ", limit);
-  isa_limit = static_cast<int>(limit);
+  TORCH_CHECK_VALUE(-1 <= limit && limit <= 3, "limit must be -1, 0, 1, 2 or 3, got ", limit);
+  if (limit >= 0) isa_limit = static_cast<int>(limit);
   return static_cast<int64_t>(isa());
 }
 
@@ -108,7 +109,7 @@ void for_panels(const Weight& w, const F& f) {
   });
 }
 
-// More tokens than the kernel takes: W(α)ᵀ a few hundred rows at a time, and the library's product.
+// More tokens than the kernel takes: W(α)ᵀ eight megabytes at a time, and the library's product.
 void product_of_library(const Tensor& x, const Weight& w, Tensor& y) {
   const int64_t room = (int64_t(8) << 20) / (4 * w.k) / kRows * kRows;
   const int64_t columns = std::min(std::max<int64_t>(room, 8 * kRows), w.panels() * kRows);
@@ -128,7 +129,11 @@ Input input_of_one(const Tensor& x, const Weight& w, std::vector<float>& buffer)
   const int64_t width = w.chunks() * kChunk;
   buffer.assign(2 * width + w.pieces(), 0.0f);
   Input in{};
-  prepare_one(x.const_data_ptr<float>(), w, buffer.data(), buffer.data() + width, buffer.data() + 2 * width, in);
+  float* offset = buffer.data() + 2 * width;
+  prepare_one(x.const_data_ptr<float>(), w, buffer.data(), buffer.data() + width, offset, in);
+  // An infinity taken out beforehand would leave nothing but NaN; the way of several tokens takes none out.
+  if (!std::all_of(offset, offset + w.pieces(), [](float v) { return std::isfinite(v); }))
+    in = {x.const_data_ptr<float>(), 1, w.k, nullptr, nullptr, nullptr, nullptr, nullptr};
   return in;
 }
 
@@ -168,8 +173,8 @@ Tensor dual_gemm_cpu(const Tensor& x, const Tensor& words, const Tensor& scales,
     for_panels(w, [&](int64_t first, int64_t last) { product_int8(in, w, first, last, to, isa()); });
   } else if (m > 0) {
     std::vector<float> buffer;
-    const Input in = m == 1 ? input_of_one(rows, w, buffer)
-                            : Input{rows.const_data_ptr<float>(), m, k, nullptr, nullptr, nullptr, nullptr, nullptr};
+    Input in{rows.const_data_ptr<float>(), m, k, nullptr, nullptr, nullptr, nullptr, nullptr};
+    if (m == 1) in = input_of_one(rows, w, buffer);
     for_panels(w, [&](int64_t first, int64_t last) { product(in, w, first, last, to, isa()); });
   }
   return y.to(dtype).view(sizes);

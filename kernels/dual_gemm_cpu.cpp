@@ -54,8 +54,7 @@ INLINE typename Vec<W>::F nibble(typename Vec<W>::U half, int i) {
 }
 constexpr float kFold[4] = {1.0f, 1.0f / 16, 1.0f / 256, 1.0f / 4096};
 
-// ---- one token: every weight is used once, so it goes from memory straight into a multiply-add -------------------
-
+// One token uses every weight once, so it goes from memory straight into a multiply-add.
 // V vectors of W rows each, C independent sums for each vector to hide the latency of the additions.
 template <int W, int V, int C>
 INLINE void rows_of_one(const Input& in, const Weight& w, int64_t panel, float* y) {
@@ -117,9 +116,8 @@ INLINE void product_of_one(const Input& in, const Weight& w, int64_t first, int6
   while (p < last) rows_of_one<W, kRows / W, C>(in, w, p, y), finish(1);
 }
 
-// ---- several tokens: a slice of a panel is unpacked once, into the nearest cache, and used by all of them ---------
-
-// Columns [k0, k0 + kSlice) of a panel as floats, column by column, sparse stream included: exactly W(α) for 16 rows.
+// Several tokens share a slice of a panel that is unpacked once, into the nearest cache: columns [k0, k0 + kSlice) as
+// floats, column by column, the sparse stream added.
 template <int W>
 INLINE void unpack(const Weight& w, int64_t panel, int64_t k0, int32_t& entry, float* out, int64_t stride) {
   using F = typename Vec<W>::F;
@@ -207,8 +205,7 @@ INLINE void dequantize_panels(const Weight& w, int64_t first, int64_t last, floa
   }
 }
 
-// ---- int8 activations: products of bytes, sums of integers, one scale a group -------------------------------------
-
+// int8 activations: products of bytes, sums of integers, one scale a group.
 // Σ nibble · byte over blocks [b0, b1) of a panel, for T tokens: integers [T][16].
 template <int T>
 void bytes_generic(const uint32_t* words, const int8_t* x, int64_t stride, int64_t b0, int64_t b1, int32_t* sum) {
@@ -234,7 +231,7 @@ AVX2 void bytes_avx2(const uint32_t* words, const int8_t* x, int64_t stride, int
     __m256i narrow[T][2] = {};  // 16 bits hold four blocks: 4 · 4 · 15 · 127 = 30,480
     for (const int64_t stop = std::min(b + 4, b1); b < stop; ++b) {
       for (int v = 0; v < 2; ++v) {
-        const __m256i word = load<__m256i>(words + b * kRows + 8 * v);
+        const __m256i word = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words + b * kRows + 8 * v));
         const __m256i even = _mm256_and_si256(word, mask), odd = _mm256_and_si256(_mm256_srli_epi16(word, 4), mask);
         for (int t = 0; t < T; ++t) {
           const int8_t* at = x + t * stride + b * kBlock;
@@ -248,7 +245,7 @@ AVX2 void bytes_avx2(const uint32_t* words, const int8_t* x, int64_t stride, int
       for (int v = 0; v < 2; ++v) wide[t][v] = _mm256_add_epi32(wide[t][v], _mm256_madd_epi16(narrow[t][v], ones));
   }
   for (int t = 0; t < T; ++t)
-    for (int v = 0; v < 2; ++v) store(sum + t * kRows + 8 * v, wide[t][v]);
+    for (int v = 0; v < 2; ++v) _mm256_storeu_si256(reinterpret_cast<__m256i*>(sum + t * kRows + 8 * v), wide[t][v]);
 }
 
 template <int T>
@@ -256,7 +253,7 @@ VNNI void bytes_vnni(const uint32_t* words, const int8_t* x, int64_t stride, int
   const __m512i mask = _mm512_set1_epi8(15);
   __m512i wide[T] = {};
   for (int64_t b = b0; b < b1; ++b) {
-    const __m512i word = load<__m512i>(words + b * kRows);
+    const __m512i word = _mm512_loadu_si512(words + b * kRows);
     const __m512i even = _mm512_and_si512(word, mask), odd = _mm512_and_si512(_mm512_srli_epi16(word, 4), mask);
     for (int t = 0; t < T; ++t) {
       const int8_t* at = x + t * stride + b * kBlock;
@@ -264,7 +261,7 @@ VNNI void bytes_vnni(const uint32_t* words, const int8_t* x, int64_t stride, int
       wide[t] = _mm512_dpbusd_epi32(wide[t], odd, _mm512_set1_epi32(load<int32_t>(at + 4)));
     }
   }
-  for (int t = 0; t < T; ++t) store(sum + t * kRows, wide[t]);
+  for (int t = 0; t < T; ++t) _mm512_storeu_si512(sum + t * kRows, wide[t]);
 }
 #endif
 
@@ -305,10 +302,10 @@ INLINE void product_of_bytes(const Input& in, const Weight& w, int64_t first, in
   }
 }
 
-// ---- the bodies, compiled for each instruction set -----------------------------------------------------------------
+// The bodies, compiled for each instruction set.
 
 void product_generic(const Input& in, const Weight& w, int64_t first, int64_t last, float* y) {
-  in.m == 1 ? product_of_one<4, 4, 2>(in, w, first, last, y) : product_of_many<4, 2>(in, w, first, last, y);
+  in.folded ? product_of_one<4, 4, 2>(in, w, first, last, y) : product_of_many<4, 2>(in, w, first, last, y);
 }
 void bytes_product_generic(const Input& in, const Weight& w, int64_t first, int64_t last, float* y) {
   product_of_bytes(in, w, first, last, y, {bytes_generic<1>, bytes_generic<2>, bytes_generic<3>, bytes_generic<4>});
@@ -318,7 +315,7 @@ void dequantize_generic(const Weight& w, int64_t first, int64_t last, float* out
 }
 #ifdef LIBORTHO_X86
 AVX2 void product_avx2(const Input& in, const Weight& w, int64_t first, int64_t last, float* y) {
-  in.m == 1 ? product_of_one<8, 4, 2>(in, w, first, last, y) : product_of_many<8, 6>(in, w, first, last, y);
+  in.folded ? product_of_one<8, 4, 2>(in, w, first, last, y) : product_of_many<8, 6>(in, w, first, last, y);
 }
 AVX2 void bytes_product_avx2(const Input& in, const Weight& w, int64_t first, int64_t last, float* y) {
   product_of_bytes(in, w, first, last, y, {bytes_avx2<1>, bytes_avx2<2>, bytes_avx2<3>, bytes_avx2<4>});
@@ -327,7 +324,7 @@ AVX2 void dequantize_avx2(const Weight& w, int64_t first, int64_t last, float* o
   dequantize_panels<8>(w, first, last, out, columns);
 }
 AVX512 void product_avx512(const Input& in, const Weight& w, int64_t first, int64_t last, float* y) {
-  in.m == 1 ? product_of_one<16, 4, 2>(in, w, first, last, y) : product_of_many<16, 16>(in, w, first, last, y);
+  in.folded ? product_of_one<16, 4, 2>(in, w, first, last, y) : product_of_many<16, 16>(in, w, first, last, y);
 }
 AVX512 void dequantize_avx512(const Weight& w, int64_t first, int64_t last, float* out, int64_t columns) {
   dequantize_panels<16>(w, first, last, out, columns);

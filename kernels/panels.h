@@ -31,7 +31,7 @@ struct Weight {
   const int32_t* starts;  // null: no sparse stream
   const uint16_t* places;
   const float* values;
-  int64_t n, k, group;  // group: columns that share a scale, a multiple of 8 or at least k
+  int64_t n, k, group;  // group: columns that share a scale; divides k, and is k or a multiple of 8
 
   int64_t panels() const { return ceil_div(n, kRows); }
   int64_t blocks() const { return ceil_div(k, kBlock); }
@@ -50,14 +50,14 @@ void repack(const uint8_t* packed, int64_t n, int64_t k, uint32_t* words);
 struct Input {
   const float* x;      // [m, k], a row every `stride`; padded to chunks where a place is looked up in it: m = 1 and int8
   int64_t m, stride;
-  const float* folded;  // m = 1: x with each column divided by the weight of its nibble, padded to chunks
+  const float* folded;  // x with each column divided by the weight of its nibble, padded to chunks; null unless m = 1
   const float* offset;  // m = 1: −8 Σ x over each piece, at most kPiece blocks of a group
   const int8_t* bytes;  // int8: [m][blocks][8], the columns of a block in the order 0 2 4 6 1 3 5 7
   const float* step;    // int8: [m], x ≈ step · bytes
   const float* sums;    // int8: [m][groups], −8 Σ step · bytes over each group
 };
 
-// For one token: fills `padded` and `folded`, zeros of chunks · kChunk, and `offset`, of pieces, and points `in` at them.
+// For one token that is finite: fills `padded` and `folded`, zeros of chunks · kChunk, and `offset`, of pieces, and points `in` at them.
 void prepare_one(const float* x, const Weight& w, float* padded, float* folded, float* offset, Input& in);
 
 // For int8: every token rounded to 127 steps of its largest value; `bytes` and `padded` must be zeros. A token that is

@@ -45,7 +45,7 @@ class Round:
     secret_ppl: float  # perplexity of the secrets' tokens
     extracted: float | None  # fraction of secrets that greedy decoding recites; None where it was not tried
 
-# %% ../nbs/api/09a_counter.ipynb #55dc1eb2
+# %% ../nbs/api/09a_counter.ipynb #6ebb540e
 @dataclass
 class Goal:
     "When a memory counts as gone."
@@ -54,7 +54,8 @@ class Goal:
     quiet: float = 0.05  # tokens below this probability do not push
     memorisation: float = 0.05  # at most this fraction of the tokens may be the argmax
     control: list[TokenScores] | None = None  # of a model that never saw them, by text: stop at its level
-    surplus: float = 0.1  # at most this fraction of the tokens may be the argmax where the control's are not
+    surplus: float = 0.1  # at most this fraction of the tokens may be the argmax where the control's are not,
+    share: float = 0.4  # or this share of the control's own hits if that is more: two models never err alike
     factor: float = 2.0  # the secrets' perplexity must reach the control's over this
 
     def pushes(self, logp: Tensor, top: Tensor, where: slice) -> Tensor:
@@ -73,7 +74,8 @@ class Goal:
             return logp.max().exp().item() <= self.threshold
         known = torch.cat([s.top for s in self.control])
         level = torch.cat([s.logp for s in self.control]).double().mean() + math.log(self.factor)
-        return bool((top & ~known).double().mean() <= self.surplus and logp.mean() <= level)
+        surplus = max(self.surplus, self.share * known.double().mean().item())
+        return bool((top & ~known).double().mean() <= surplus and logp.mean() <= level)
 
     def secret(self, items: list[Item]) -> list[Item]:
         "The items that greedy decoding must not recite: all but those that the control recites too."

@@ -6,7 +6,7 @@
 __all__ = ['OrthoLinear', 'check_switches', 'check_linear', 'find_linears', 'PatchReport', 'patch', 'ortho_layers', 'unpatch',
            'set_alpha', 'alpha', 'CompartmentInfo', 'compartments', 'original', 'fingerprint']
 
-# %% ../nbs/api/06_linear.ipynb #70d76518
+# %% ../nbs/api/06_linear.ipynb #bce56002
 import hashlib
 import warnings
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from .kernel import Product, backend, why_not
+from .kernel import TOKENS, Product, backend, why_not
 from .lattice import lies_on_lattice
 from .streams import Base, Compartment, OrthoConfig, Streams, check_alpha, reconstruct, split
 
@@ -48,6 +48,7 @@ class OrthoLinear(nn.Module):
         self.register_buffer("_like", torch.empty(0, dtype=dtype or (values[0].dtype if values else torch.float32)))
         self._dense, self._dense_key, self._original, self._bypass = None, None, None, False
         self._product, self._fits = None, not why_not(streams.base, self.dtype)
+        self.int8 = False  # set it to let the kernel round activations to 8 bits: faster for several tokens, less exact
 
     @classmethod
     def from_linear(
@@ -119,7 +120,7 @@ class OrthoLinear(nn.Module):
         b = None if self.bias is None else self.bias.to(x.dtype)
         if not self.takes_kernel(x): return F.linear(x, self.weight.to(x.dtype), b)
         if self._product is None: self._repack()
-        y = self._product.at(self._alphas)(x)
+        y = self._product(x, self.int8)
         return y if b is None else y + b
 
     def takes_kernel(
@@ -127,13 +128,13 @@ class OrthoLinear(nn.Module):
         x: Tensor,  # [..., in]
     ) -> bool:
         "Does the compiled kernel compute this call, or the rebuilt weight?"
-        few = not self.keep_dense or x.numel() <= 64 * self.in_features
+        few = not self.keep_dense or x.numel() <= TOKENS * self.in_features
         plain = x.dtype in (torch.float32, torch.bfloat16, torch.float16) and x.device == self.packed.device
         wanted = torch.is_grad_enabled() and x.requires_grad
         return few and plain and not wanted and not self._bypass and self._fits and backend(x.device.type) == "cpu"
 
     @torch.compiler.disable
-    def _repack(self) -> None: self._product = Product.of(self.base, self.compartments)
+    def _repack(self) -> None: self._product = Product.of(self.base, self.compartments).at(self._alphas)
 
     def _apply(self, fn, recurse=True):
         "Move or cast as a module does, but keep scales in bfloat16: they are part of the format."
@@ -146,8 +147,9 @@ class OrthoLinear(nn.Module):
         return self
 
     def _load_from_state_dict(self, *args, **kwargs):
-        self._dense = self._dense_key = self._product = None
         super()._load_from_state_dict(*args, **kwargs)
+        self._dense = self._dense_key = self._product = None
+        self._fits = not why_not(self.base, self.dtype)
 
     def extra_repr(self) -> str:
         sizes = ", ".join(

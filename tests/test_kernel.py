@@ -36,7 +36,8 @@ def isas():
 
 def weight(n, k, group, densities=(), seed=None):
     "A random base and compartments, which may overlap."
-    gen = torch.Generator().manual_seed(torch.seed() % 2**31 if seed is None else seed)
+    gen = torch.Generator()
+    gen.seed() if seed is None else gen.manual_seed(seed)
     q = torch.randint(-7, 8, (n, k), generator=gen, dtype=torch.int8)
     scales = (torch.rand(n, k // group if group else 1, generator=gen) + 0.5).bfloat16()
     base = Base(pack(q), scales, k)
@@ -140,6 +141,32 @@ def test_int8_activations(isa, m):
     assert error(y, x, base, compartments, {"c0": 1.0}) <= 2e-2
 
 
+@pytest.mark.parametrize("m", [1, 2, 16, 64, 65])
+@pytest.mark.parametrize("int8", [False, True])
+def test_several_chunks_and_parts(m, int8):
+    "Wide enough for three runs of 4096 columns, and for the library's way to go part by part."
+    base, compartments = weight(300, 8704, 64, [0.05])
+    x = torch.randn(m, 8704)
+    y = product_of(x, base, compartments, {"c0": 1.0}, int8=int8)
+    assert error(y, x, base, compartments, {"c0": 1.0}) <= (2e-2 if int8 and m <= 64 else 1e-5)
+
+
+def test_int8_with_one_scale_a_row():
+    base, compartments = weight(20, 4100, 0, [0.5])
+    x = torch.randn(3, 4100)
+    y = product_of(x, base, compartments, {"c0": 1.0}, int8=True)
+    assert error(y, x, base, compartments, {"c0": 1.0}) <= 2e-2
+
+
+@pytest.mark.parametrize("m", [1, 2])
+def test_infinities_are_the_references(m):
+    base, _ = weight(32, 64, 64)
+    x = torch.randn(m, 64)
+    x[0, 5] = float("inf")
+    y, right = product_of(x, base, {}, {}), reference(x, base, {})
+    assert torch.equal(y.isinf(), right.isinf()) and torch.equal(y[right.isinf()], right[right.isinf()])
+
+
 def test_what_is_not_finite_stays_so():
     base, _ = weight(16, 64, 64)
     x = torch.randn(2, 64)
@@ -170,18 +197,19 @@ def test_shapes_strides_and_nothing():
     assert product_of(torch.randn(64), base, compartments, {"c0": 1.0}).shape == (24,)
 
 
-@pytest.mark.parametrize("m", [1, 16])
-def test_threads_do_not_change_a_bit(m):
+@pytest.mark.parametrize("m, int8", [(1, False), (16, False), (100, False), (1, True), (16, True)])
+def test_threads_do_not_change_a_bit(m, int8):
     base, compartments = weight(400, 512, 64, [0.05])
     x, before = torch.randn(m, 512), torch.get_num_threads()
     results = []
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            results.append(product_of(x, base, compartments, {"c0": 1.0}))
+            results.append(product_of(x, base, compartments, {"c0": 1.0}, int8=int8))
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    same = torch.equal if m <= 64 else torch.allclose  # beyond, the sums are the library's
+    assert same(results[0], results[1]) and same(results[0], results[2])
 
 
 def test_a_closed_switch_is_not_there():
@@ -220,16 +248,18 @@ def test_bad_input_is_refused():
         dual_gemm(x.requires_grad_(), panels, stream)
 
 
+@pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("m", [1, 16, 70])
-def test_wild_places_read_nothing_outside(m):
-    "Any 16 bits are a place inside buffers that are large enough for all of them."
+def test_wild_places_read_nothing_outside(m, int8):
+    "Any 16 bits are a place inside buffers that are large enough for all of them, and columns past the last are zeros."
     base, _ = weight(16, 72, 0)
     panels = repack(base)
     places = torch.arange(-32768, 32768).short()
     places = places[(places.int() & 0xFFFF).argsort()]
-    wild = Sparse(torch.tensor([0, len(places)], dtype=torch.int32), places, torch.zeros(len(places)))
+    outside = ((places.int() & 0xFFFF) >> 4 >= 72).float()
+    wild = Sparse(torch.tensor([0, len(places)], dtype=torch.int32), places, outside)
     x = torch.randn(m, 72)
-    assert torch.allclose(dual_gemm(x, panels, wild), dual_gemm(x, panels, sparse(panels, {}, {})), rtol=1e-5)
+    assert torch.equal(dual_gemm(x, panels, wild, int8), dual_gemm(x, panels, sparse(panels, {}, {}), int8))
 
 
 def test_opcheck():
@@ -252,13 +282,15 @@ def small_model():
 def test_a_compiled_model_has_no_graph_break():
     model, x = small_model(), torch.randn(3, 64)
     with torch.no_grad():
-        expected = model(x)
+        expected = model(x)  # the first call repacks the weights, which is not traced
         graphs = []
         traced = torch.compile(model, backend=lambda g, _: graphs.append(g) or g.forward, fullgraph=True)
         assert torch.allclose(traced(x), expected, atol=1e-6)
         assert sum("dual_gemm" in str(n.target) for n in graphs[0].graph.nodes) == 2
-        lo.set_alpha(model, 0.0)
-        assert torch.allclose(traced(x), model(x), atol=1e-6) and not torch.allclose(model(x), expected)
+        for a in [i / 20 for i in range(20)]:  # more positions than torch would compile anew for
+            lo.set_alpha(model, a)
+            assert torch.allclose(traced(x), model(x), atol=1e-6) and not torch.allclose(model(x), expected)
+        assert len(graphs) <= 3
 
 
 @pytest.mark.parametrize("dtype", BOUND)
@@ -288,6 +320,15 @@ def test_without_keeping_the_weight_the_kernel_takes_everything():
         assert torch.allclose(layer(x), F.linear(x, layer.dequantize(), layer.bias), atol=1e-4)
 
 
+def test_a_layer_may_round_its_activations():
+    layer = OrthoLinear.from_linear(torch.nn.Linear(64, 48), lo.OrthoConfig(density=0.05))
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        exact = layer(x)
+        layer.int8 = True
+        assert 0 < (layer(x) - exact).norm() / exact.norm() < 0.02
+
+
 def test_a_layer_has_gradients_through_the_reference():
     layer = OrthoLinear.from_linear(torch.nn.Linear(64, 48), lo.OrthoConfig(density=0.05))
     x = torch.randn(2, 64, requires_grad=True)
@@ -315,7 +356,10 @@ def test_casts_and_new_states_are_seen():
         layer(x)
         layer.load_state_dict(other.state_dict())
         assert torch.equal(layer(x), other(x))
-        assert layer.to(torch.float64)(x.double()).dtype == torch.float64
+        before = layer._product
+        layer.half()
+        assert layer._product is None and layer(x.half()).dtype == torch.float16 and layer._product is not before
+        assert not layer.double().takes_kernel(x.double())
 
 
 def test_product_moves_with_the_switches():
@@ -324,9 +368,6 @@ def test_product_moves_with_the_switches():
     on = product.at({"c0": 1.0})(x)
     off = product.at({"c0": 0.0})(x)
     assert not torch.allclose(on, off) and torch.equal(product.at({"c0": 1.0})(x), on)
-
-
-# ---- building ------------------------------------------------------------------------------------------------------
 
 
 def python(code, **env):
@@ -368,20 +409,25 @@ def test_a_failed_build_says_why_and_leaves_nothing(tmp_path, monkeypatch):
 
 def test_the_cache_is_private_and_keyed(tmp_path, monkeypatch):
     monkeypatch.setenv("LIBORTHO_CACHE", str(tmp_path))
-    first = kernel.cached_library()
     copy = tmp_path / "kernels-copy"
     shutil.copytree(kernel.sources(), copy)
-    (copy / "panels.h").write_text((copy / "panels.h").read_text() + "\n")
     monkeypatch.setattr(kernel, "sources", lambda: copy)
+    first = kernel.cached_library()
+    assert kernel.cached_library() == first
+    (copy / "panels.h").write_text((copy / "panels.h").read_text() + "\n")
     assert kernel.cached_library() != first
     monkeypatch.setenv("CXX", shutil.which("false"))
     with pytest.raises(KernelError):
         kernel.build()
-    assert kernel.cached_library().parent.stat().st_mode & 0o777 == 0o700
+    folder = kernel.cached_library().parent
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o777)
+    with pytest.raises(KernelError, match="may be written by others"):
+        kernel.build()
 
 
 def test_self_test_finds_a_wrong_kernel(monkeypatch):
-    assert max(kernel.check().values()) < 1e-5
+    assert max(e for k, e in kernel.check().items() if "int8" not in k) < 1e-5
     right = kernel.dual_gemm
     monkeypatch.setattr(kernel, "dual_gemm", lambda *a, **k: right(*a, **k) * 1.001)
     with pytest.raises(KernelError, match="products are wrong"):
@@ -404,4 +450,4 @@ def test_address_sanitizer_is_silent(tmp_path):
     )
     assert built.returncode == 0, built.stderr
     ran = subprocess.run([out], capture_output=True, text=True)
-    assert ran.returncode == 0 and "300 cases" in ran.stdout, ran.stdout + ran.stderr
+    assert ran.returncode == 0 and "cases, worst" in ran.stdout, ran.stdout + ran.stderr
