@@ -176,7 +176,7 @@ def plot_alpha(
     ax.legend(frameon=False, fontsize=8)
     return fig
 
-# %% ../nbs/api/13_plots.ipynb #ee051009
+# %% ../nbs/api/13_plots.ipynb #96a67f7f
 def plot_policies(
     rows: list[Result],  # policies on one model, each at two or more positions of the switches
     highlight: str = "counter_memory",  # noise mode whose row is drawn in colour
@@ -194,15 +194,16 @@ def plot_policies(
                 if ours
                 else {"color": "#444444", "lw": 1, "ls": styles[i % len(styles)]}
             )
-            ax.plot(xs, [getattr(r.alphas[a], key) for a in xs], marker="o", ms=3.5, label=r.label, **look)
+            marker = "o" if ours else "svD^Xp"[i % 6]
+            ax.plot(xs, [getattr(r.alphas[a], key) for a in xs], marker=marker, ms=4, label=r.label, **look)
         control = getattr(rows[0].control, key)
         ax.axhline(control, color=COLOURS["control"], lw=1, ls="--")
         ax.annotate(
             "never memorised",
-            (1, control),
-            xytext=(0, -10),
+            (0.5, control),
+            xytext=(0, 3),
             textcoords="offset points",
-            ha="right",
+            ha="center",
             fontsize=8,
             color=COLOURS["control"],
         )

@@ -244,8 +244,8 @@ def _unique(linears: dict[str, nn.Linear]) -> dict[str, nn.Linear]:
         first.setdefault(id(m.weight), name)
     return {n: linears[n] for n in first.values()}
 
-# %% ../nbs/api/09b_surgery.ipynb #ffb054b2
-_STAGES = 1  # raise it when a stage comes out otherwise, so that old files are not used
+# %% ../nbs/api/09b_surgery.ipynb #a8f72034
+_STAGES = 2  # raise it when a stage comes out otherwise, so that old files are not used
 
 # %% ../nbs/api/09b_surgery.ipynb #ffca83d8
 class _Stages:
