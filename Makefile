@@ -69,6 +69,9 @@ $(READY): constraints.txt settings.ini setup.py
 	@rm -f $@
 	@if [ "$(MADE_IN)" = "$(CURDIR)" ]; then echo "[1/4] .venv: update"; else \
 	  echo "[1/4] .venv: new, with $$($(PYTHON) -V) (seconds)"; $(PYTHON) -m venv --clear .venv; fi
+	@command -v g++ >/dev/null || command -v clang++ >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	  { apt-get -qq update && apt-get -qq install -y g++; } >/dev/null; } || \
+	  echo "no C++ compiler: products take the slower reference, and the kernel's page and tests need g++"
 	@$(PIP) pip setuptools wheel
 	@echo "[2/4] torch (the largest download: minutes if it is new)"
 	@$(PIP) torch

@@ -4,6 +4,7 @@ To write golden files anew after a change that is meant: python tests/test_exper
 """
 
 import json
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -127,6 +128,7 @@ def test_forget01_runs_small(tmp_path, tofu_data, monkeypatch):
 SMALL_RACE = {"shapes": [[64, 128], [128, 256]], "tokens": [1, 16], "densities": [0.005], "rotate_mb": 1, "rounds": 2}
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 def test_performance_runs_small(tmp_path):
     "Every contender has a time in every cell; how long it was is not a test."
     metrics = run_experiment("04_performance", tmp_path, decode=["smollm2-135m"], decode_tokens=2, **SMALL_RACE)
