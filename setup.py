@@ -27,17 +27,16 @@ def ext_modules():
         import torch
     except ImportError:  # a build in isolation
         return []
-    kernels, home = runpy.run_path(str(ROOT / "kernels" / "__init__.py")), Path(torch.__file__).parent
-    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    include = [f for p in ("include", "include/torch/csrc/api/include") for f in ("-isystem", str(home / p))]
+    kernels = runpy.run_path(str(ROOT / "kernels" / "__init__.py"))
+    compile_args, link_args = kernels["arguments"](Path(torch.__file__).parent, torch.compiled_with_cxx11_abi())
     return [
         Extension(
             # not a Python module: torch loads it, and finds it by what it was made from
             f"libortho._kernels_{kernels['digest'](torch.__version__)}",
             [f"kernels/{name}" for name in kernels["SOURCES"]],
             depends=[f"kernels/{name}" for name in kernels["HEADERS"]],
-            extra_compile_args=[*kernels["FLAGS"], abi, *include],
-            extra_link_args=["-fopenmp", f"-L{home / 'lib'}", *(f"-l{name}" for name in kernels["LIBRARIES"])],
+            extra_compile_args=compile_args,
+            extra_link_args=["-fopenmp", *link_args],
             language="c++",
             optional=True,
         )

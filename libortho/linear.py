@@ -23,7 +23,7 @@ from .kernel import TOKENS, Product, backend, why_not
 from .lattice import lies_on_lattice
 from .streams import Base, Compartment, OrthoConfig, Streams, check_alpha, reconstruct, split
 
-# %% ../nbs/api/06_linear.ipynb #35813b37
+# %% ../nbs/api/06_linear.ipynb #7ce6b3d0
 class OrthoLinear(nn.Module):
     "A linear layer whose weight is `W_base + Σ α_c W_ortho[c]`."
 
@@ -46,8 +46,8 @@ class OrthoLinear(nn.Module):
                 self.register_buffer(f"{key}_{i}", getattr(c, key))
         values = [c.values for c in streams.compartments.values()]
         self.register_buffer("_like", torch.empty(0, dtype=dtype or (values[0].dtype if values else torch.float32)))
-        self._dense, self._dense_key, self._original, self._bypass = None, None, None, False
-        self._product, self._fits = None, not why_not(streams.base, self.dtype)
+        self._original, self._bypass = None, False
+        self._derive()
         self.int8 = False  # set it to let the kernel round activations to 8 bits: faster for several tokens, less exact
 
     @classmethod
@@ -142,12 +142,15 @@ class OrthoLinear(nn.Module):
         super()._apply(fn, recurse)
         if self.scales.dtype != scales.dtype:
             self.scales = scales.to(self.scales.device)
-        self._dense = self._dense_key = self._product = None
-        self._fits = not why_not(self.base, self.dtype)
+        self._derive()
         return self
 
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
+        self._derive()
+
+    def _derive(self) -> None:
+        "The buffers are new: forget what was made from the old ones."
         self._dense = self._dense_key = self._product = None
         self._fits = not why_not(self.base, self.dtype)
 

@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from torch import library
 from torch.nn import functional as F
 
 import libortho as lo
@@ -268,8 +269,8 @@ def test_opcheck():
     stream = sparse(panels, deltas(base, compartments), {"c0": 1.0})
     tensors = (panels.words, panels.scales, stream.starts, stream.places, stream.values)
     for m in (1, 5, 70):
-        torch.library.opcheck(torch.ops.libortho.dual_gemm, (torch.randn(m, 64), *tensors, 20, 64, False))
-    torch.library.opcheck(torch.ops.libortho.repack, (base.packed, base.scales, 64))
+        library.opcheck(torch.ops.libortho.dual_gemm, (torch.randn(m, 64), *tensors, 20, 64, False))
+    library.opcheck(torch.ops.libortho.repack, (base.packed, base.scales, 64))
 
 
 def small_model():
