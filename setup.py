@@ -33,8 +33,8 @@ def ext_modules():
         Extension(
             # not a Python module: torch loads it, and finds it by what it was made from
             f"libortho._kernels_{kernels['digest'](torch.__version__)}",
-            [f"kernels/{name}" for name in kernels["SOURCES"]],
-            depends=[f"kernels/{name}" for name in kernels["HEADERS"]],
+            [f"kernels/{name}" for name in kernels["SOURCES"]["cpu"]],
+            depends=[f"kernels/{name}" for name in kernels["HEADERS"]["cpu"]],
             extra_compile_args=compile_args,
             extra_link_args=["-fopenmp", *link_args],
             language="c++",

@@ -6,7 +6,7 @@
 __all__ = ['SMOLLM2', 'CANARIES', 'offline_model', 'load_model', 'Canary', 'canaries', 'draw_canaries', 'retain_facts', 'prose',
            'load_tofu', 'finetuned']
 
-# %% ../nbs/api/08_data.ipynb #1e135369
+# %% ../nbs/api/08_data.ipynb #d7eac8cf
 import importlib.metadata
 import importlib.util
 import json
@@ -24,7 +24,7 @@ import torch
 from filelock import FileLock
 
 from .curvature import digest_of
-from .kernel import cache_dir
+from .build import cache_dir
 from .memory import finetune
 
 # %% ../nbs/api/08_data.ipynb #4ad8c931

@@ -6,7 +6,7 @@
 __all__ = ['OrthoLinear', 'check_switches', 'check_linear', 'find_linears', 'PatchReport', 'patch', 'ortho_layers', 'unpatch',
            'set_alpha', 'alpha', 'CompartmentInfo', 'compartments', 'original', 'fingerprint']
 
-# %% ../nbs/api/06_linear.ipynb #bce56002
+# %% ../nbs/api/06_linear.ipynb #70d76518
 import hashlib
 import warnings
 from collections.abc import Iterator
@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from .kernel import TOKENS, Product, backend, why_not
+from .kernel import TOKENS, Product, takes, why_not
 from .lattice import lies_on_lattice
 from .streams import Base, Compartment, OrthoConfig, Streams, check_alpha, reconstruct, split
 
-# %% ../nbs/api/06_linear.ipynb #7ce6b3d0
+# %% ../nbs/api/06_linear.ipynb #35813b37
 class OrthoLinear(nn.Module):
     "A linear layer whose weight is `W_base + Σ α_c W_ortho[c]`."
 
@@ -129,9 +129,8 @@ class OrthoLinear(nn.Module):
     ) -> bool:
         "Does the compiled kernel compute this call, or the rebuilt weight?"
         few = not self.keep_dense or x.numel() <= TOKENS * self.in_features
-        plain = x.dtype in (torch.float32, torch.bfloat16, torch.float16) and x.device == self.packed.device
         wanted = torch.is_grad_enabled() and x.requires_grad
-        return few and plain and not wanted and not self._bypass and self._fits and backend(x.device.type) == "cpu"
+        return few and x.device == self.packed.device and not wanted and not self._bypass and self._fits and takes(x)
 
     @torch.compiler.disable
     def _repack(self) -> None: self._product = Product.of(self.base, self.compartments).at(self._alphas)

@@ -12,8 +12,9 @@ from torch import library
 from torch.nn import functional as F
 
 import libortho as lo
-from libortho import kernel
-from libortho.kernel import KernelError, Product, Sparse, deltas, dual_gemm, reference, repack, sparse
+from libortho import build, kernel
+from libortho.build import KernelError
+from libortho.kernel import Product, Sparse, deltas, dual_gemm, reference, repack, sparse
 from libortho.lattice import pack
 from libortho.linear import OrthoLinear
 from libortho.streams import Base, compress
@@ -309,7 +310,7 @@ def test_a_layer_takes_the_kernel_and_says_so(dtype, monkeypatch):
         assert not layer.takes_kernel(few)
         assert torch.equal(layer(few), F.linear(few, layer.weight, layer.bias))
         monkeypatch.setenv("LIBORTHO_BACKEND", "gpu")
-        with pytest.raises(ValueError, match="LIBORTHO_BACKEND must be one of auto, cpu, reference, got 'gpu'"):
+        with pytest.raises(ValueError, match="LIBORTHO_BACKEND must be one of auto, cpu, cuda, reference, got 'gpu'"):
             layer(few)
 
 
@@ -404,27 +405,27 @@ def test_a_failed_build_says_why_and_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("LIBORTHO_CACHE", str(tmp_path))
     monkeypatch.setenv("CXX", shutil.which("false"))
     with pytest.raises(KernelError, match="compiling the kernel failed"):
-        kernel.build()
+        build.build()
     assert not list(tmp_path.rglob("*.so")) and not list(tmp_path.rglob("*.part"))
 
 
 def test_the_cache_is_private_and_keyed(tmp_path, monkeypatch):
     monkeypatch.setenv("LIBORTHO_CACHE", str(tmp_path))
     copy = tmp_path / "kernels-copy"
-    shutil.copytree(kernel.sources(), copy)
-    monkeypatch.setattr(kernel, "sources", lambda: copy)
-    first = kernel.cached_library()
-    assert kernel.cached_library() == first
+    shutil.copytree(build.sources(), copy)
+    monkeypatch.setattr(build, "sources", lambda: copy)
+    first = build.cached_library()
+    assert build.cached_library() == first
     (copy / "panels.h").write_text((copy / "panels.h").read_text() + "\n")
-    assert kernel.cached_library() != first
+    assert build.cached_library() != first
     monkeypatch.setenv("CXX", shutil.which("false"))
     with pytest.raises(KernelError):
-        kernel.build()
-    folder = kernel.cached_library().parent
+        build.build()
+    folder = build.cached_library().parent
     assert folder.stat().st_mode & 0o777 == 0o700
     folder.chmod(0o777)
     with pytest.raises(KernelError, match="may be written by others"):
-        kernel.build()
+        build.build()
 
 
 def test_self_test_finds_a_wrong_kernel(monkeypatch):
@@ -444,10 +445,10 @@ def test_no_warning_where_the_kernel_is_there():
 def test_address_sanitizer_is_silent(tmp_path):
     "The kernel called from a plain program, on arrays that are exactly as large as the layout says."
     flags = ["-O1", "-g", "-std=c++20", "-Wno-psabi", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    files = [os.path.join(os.path.dirname(__file__), "kernel_driver.cpp"), str(kernel.sources() / "dual_gemm_cpu.cpp")]
+    files = [os.path.join(os.path.dirname(__file__), "kernel_driver.cpp"), str(build.sources() / "dual_gemm_cpu.cpp")]
     out = str(tmp_path / "driver")
     built = subprocess.run(
-        [shutil.which("g++"), *flags, f"-I{kernel.sources()}", *files, "-o", out], capture_output=True, text=True
+        [shutil.which("g++"), *flags, f"-I{build.sources()}", *files, "-o", out], capture_output=True, text=True
     )
     assert built.returncode == 0, built.stderr
     ran = subprocess.run([out], capture_output=True, text=True)
