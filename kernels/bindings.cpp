@@ -62,13 +62,13 @@ Weight weight_of(const Tensor& words, const Tensor& scales, const Tensor& starts
                  const Tensor& values, int64_t n, int64_t k) {
   TORCH_CHECK_VALUE(n > 0 && k > 0, "n and k must be above 0, got ", n, " and ", k);
   TORCH_CHECK_VALUE(scales.dim() == 3, "scales must be [panels, groups, 16], got ", scales.sizes());
-  Weight w{nullptr, nullptr, nullptr, nullptr, nullptr, n, k, group_of(scales.size(1), k)};
+  Weight w{.n = n, .k = k, .group = group_of(scales.size(1), k)};
   check(words, "words", at::kInt, {w.panels(), w.blocks(), kRows});
   check(scales, "scales", at::kBFloat16, {w.panels(), w.groups(), kRows});
   w.words = reinterpret_cast<const uint32_t*>(words.const_data_ptr<int32_t>());
   w.scales = reinterpret_cast<const uint16_t*>(scales.const_data_ptr<at::BFloat16>());
-  if (starts.numel() == 0) return w;
   const int64_t entries = values.numel();
+  if (entries == 0) return w;
   check(starts, "starts", at::kInt, {w.panels() * w.chunks() + 1});
   check(places, "places", at::kShort, {entries});
   check(values, "values", at::kFloat, {entries});
@@ -76,7 +76,6 @@ Weight weight_of(const Tensor& words, const Tensor& scales, const Tensor& starts
   TORCH_CHECK_VALUE(w.starts[0] == 0 && w.starts[w.panels() * w.chunks()] == entries &&
                         std::is_sorted(w.starts, w.starts + w.panels() * w.chunks() + 1),
                     "starts must rise from 0 to the number of entries, ", entries);
-  if (entries == 0) w.starts = nullptr;
   w.places = reinterpret_cast<const uint16_t*>(places.const_data_ptr<int16_t>());
   w.values = values.const_data_ptr<float>();
   return w;
@@ -133,7 +132,7 @@ Input input_of_one(const Tensor& x, const Weight& w, std::vector<float>& buffer)
   prepare_one(x.const_data_ptr<float>(), w, buffer.data(), buffer.data() + width, offset, in);
   // An infinity taken out beforehand would leave nothing but NaN; the way of several tokens takes none out.
   if (!std::all_of(offset, offset + w.pieces(), [](float v) { return std::isfinite(v); }))
-    in = {x.const_data_ptr<float>(), 1, w.k, nullptr, nullptr, nullptr, nullptr, nullptr};
+    in = {x.const_data_ptr<float>(), 1, w.k};
   return in;
 }
 
@@ -173,7 +172,7 @@ Tensor dual_gemm_cpu(const Tensor& x, const Tensor& words, const Tensor& scales,
     for_panels(w, [&](int64_t first, int64_t last) { product_int8(in, w, first, last, to, isa()); });
   } else if (m > 0) {
     std::vector<float> buffer;
-    Input in{rows.const_data_ptr<float>(), m, k, nullptr, nullptr, nullptr, nullptr, nullptr};
+    Input in{rows.const_data_ptr<float>(), m, k};
     if (m == 1) in = input_of_one(rows, w, buffer);
     for_panels(w, [&](int64_t first, int64_t last) { product(in, w, first, last, to, isa()); });
   }

@@ -15,21 +15,26 @@ namespace {
 
 using at::Tensor;
 
+constexpr int64_t kMost = std::numeric_limits<int>::max() - 64;  // sums of indices stay within 32 bits
+
 void check(const Tensor& t, const char* name, at::ScalarType dtype, at::IntArrayRef sizes, at::Device device) {
   TORCH_CHECK_TYPE(t.scalar_type() == dtype, name, " must be ", dtype, ", got ", t.scalar_type());
   TORCH_CHECK_VALUE(t.device() == device, name, " must be on ", device, ", got ", t.device());
   TORCH_CHECK_VALUE(t.sizes() == sizes, name, " must have shape ", sizes, ", got ", t.sizes());
   TORCH_CHECK_VALUE(t.is_contiguous(), name, " must be contiguous; call .contiguous() on it");
+  TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0, name, " must begin at a multiple of 16 bytes; ",
+                    "call .clone() on it");
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 void* stream_of(const Tensor& t) {
-  return reinterpret_cast<void*>(c10::impl::VirtualGuardImpl(t.device().type()).getStream(t.device()).native_handle());
+  if (t.is_cpu()) return nullptr;  // an emulator's
+  return c10::impl::VirtualGuardImpl(t.device().type()).getStream(t.device()).native_handle();
 }
 void must(int error) { TORCH_CHECK(!error, "the CUDA kernel could not be started: ", message(error)); }
 
 int group_of(int64_t groups, int64_t n, int64_t k) {
-  TORCH_CHECK_VALUE(n > 0 && n < std::numeric_limits<int>::max() && k > 0 && k <= kMaxColumns, "the kernel takes up to ",
+  TORCH_CHECK_VALUE(n > 0 && n < kMost && k > 0 && k <= kMaxColumns, "the kernel takes up to ",
                     kMaxColumns, " columns, got a weight of [", n, ", ", k, "]");
   TORCH_CHECK_VALUE(groups > 0 && k % groups == 0, "k = ", k, " columns do not divide into ", groups, " groups of scales");
   TORCH_CHECK_VALUE(groups == 1 || k / groups % kGroup == 0, "groups of ", k / groups, " columns; the kernel takes ",
@@ -64,11 +69,11 @@ Weight weight_of(const Tensor& words, const Tensor& scales, const Tensor& starts
   const at::Device device = words.device();
   check(words, "words", at::kInt, {panels, ceil_div(k, kBlock), kLanes, 4}, device);
   check(scales, "scales", at::kBFloat16, {panels, k / group, kRows}, device);
-  Weight w{reinterpret_cast<const uint32_t*>(words.const_data_ptr<int32_t>()),
-           reinterpret_cast<const uint16_t*>(scales.const_data_ptr<at::BFloat16>()),
-           nullptr, nullptr, nullptr, int(n), int(k), group, 0};
-  if (starts.numel() == 0 || entries == 0) return w;
-  TORCH_CHECK_VALUE(entries < std::numeric_limits<int>::max(), "values has ", entries, " entries, too many for 32 bits");
+  Weight w{.n = int(n), .k = int(k), .group = group};
+  w.words = reinterpret_cast<const uint32_t*>(words.const_data_ptr<int32_t>());
+  w.scales = reinterpret_cast<const uint16_t*>(scales.const_data_ptr<at::BFloat16>());
+  if (entries == 0) return w;
+  TORCH_CHECK_VALUE(entries < kMost, "values has ", entries, " entries, too many for 32 bits");
   check(starts, "starts", at::kInt, {panels * kRows + 1}, device);
   check(places, "places", at::kShort, {entries}, device);
   check(values, "values", at::kFloat, {entries}, device);

@@ -1,7 +1,7 @@
 // The dual-stream product on an NVIDIA GPU (sm_80 and later): y = x (W_base + Σ α_c W_ortho[c])ᵀ for few tokens.
 //
-// Nibbles become integers of 16 bits in the registers of a tensor-core product; its sums, in float32, are scaled once a
-// group. The warps of a block of threads share a panel's columns and add up at the end, always in the same order.
+// Nibbles become integers of 16 bits in the registers of a tensor-core product; its sums, in float32, are scaled after
+// every 32 columns. The warps of a block of threads share a panel's columns and add up at the end, always in the same order.
 #include "dual_gemm_cuda.h"
 #ifdef __CUDACC__
 #include "warp.cuh"
@@ -95,19 +95,18 @@ __global__ void __launch_bounds__(kThreads) product_kernel(const uint16_t* x, co
     commit();
   }
   for (int i = 0, block = warp; block < blocks; ++i, block += kWarps) {
+    Eight in[N][2] = {};
+    for (int t = 0; t < N; ++t) {
+      const int token = token0 + t * kTile + q;
+      for (int h = 0; h < 2 && token < m; ++h)
+        in[t][h] = eight(x + int64_t(token) * w.k, block * kBlock + h * kGroup + pair * 8, w.k, aligned);
+    }
     wait<kStages - 2>();
-    __syncwarp();
+    __syncwarp();  // the slice is there for all lanes, and all have read the one before it
     const int ahead = block + (kStages - 1) * kWarps;
     if (ahead < blocks) fetch(ring[warp][(i + kStages - 1) % kStages], w, panel, ahead, lane);
     commit();
     const Slice<P>& slice = ring[warp][i % kStages];
-    Eight in[N][2] = {};
-    for (int t = 0; t < N; ++t) {
-      const int token = token0 + t * kTile + q;
-      if (token >= m) continue;
-      for (int h = 0; h < 2; ++h)
-        in[t][h] = eight(x + int64_t(token) * w.k, block * kBlock + h * kGroup + pair * 8, w.k, aligned);
-    }
     for (int p = 0; p < P; ++p) {
       if (panel + p >= w.panels()) break;
       const uint4 words = slice.words[p][lane];
@@ -160,37 +159,35 @@ __global__ void __launch_bounds__(kThreads) repack_kernel(const uint8_t* packed,
   words[at] = word;
 }
 
-// One warp unpacks one block of a panel.
-template <class T>
-__global__ void __launch_bounds__(kThreads) dequantize_kernel(Weight w, int first, int rows, uint16_t* out, int64_t count) {
-  const int64_t at = (int64_t(blockIdx.x) * kThreads + threadIdx.x) / kLanes;
-  if (at >= count) return;
-  const int lane = threadIdx.x % kLanes, blocks = w.blocks(), block = at % blocks, panel = at / blocks;
-  const int64_t from = int64_t(first / kRows + panel) * blocks + block;
-  const int last = w.groups() - 1;
-  for (int i = 0; i < 4 * 8; ++i) {
-    const int s = i / 8, slot = i % 8, j = slot % 4;
-    const int row = panel * kRows + lane / 4 + j % 2 * 8;
-    const int column = block * kBlock + s / 2 * kGroup + lane % 4 * 8 + s % 2 * 4 + j / 2 * 2 + slot / 4;
-    if (row >= rows || column >= w.k) continue;
-    const int group = min(column / w.group, last);
-    const float scale = Bfloat16::widen(
-        w.scales[(int64_t(first / kRows + panel) * w.groups() + group) * kRows + row % kRows]);
-    const int integer = int(w.words[(from * kLanes + lane) * 4 + s] >> (4 * slot) & 15) - 8;
-    out[int64_t(row) * w.k + column] = T::narrow(integer * scale);
-  }
+// One weight of the base.
+__device__ float weight_at(const Weight& w, int row, int column) {
+  const int panel = row / kRows, block = column / kBlock, inner = column % kBlock;
+  const int lane = row % 8 * 4 + inner % kGroup / 8, word = inner / kGroup * 2 + inner / 4 % 2;
+  const int bit = 4 * (row % kRows / 8 + inner % 4 / 2 * 2) + 16 * (inner % 2), last = w.groups() - 1;
+  const uint32_t bits = w.words[((int64_t(panel) * w.blocks() + block) * kLanes + lane) * 4 + word] >> bit;
+  const int64_t scale = (int64_t(panel) * w.groups() + min(column / w.group, last)) * kRows + row % kRows;
+  return (int(bits & 15) - 8) * Bfloat16::widen(w.scales[scale]);
 }
 
-// One warp adds the entries of one row.
+template <class T>
+__global__ void __launch_bounds__(kThreads) dequantize_kernel(Weight w, int first, int64_t count, uint16_t* out) {
+  const int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (at < count) out[at] = T::narrow(weight_at(w, first + int(at / w.k), int(at % w.k)));
+}
+
+// One warp writes anew what the entries of one row change. Entries of several compartments at the same place follow each
+// other, and the first of them speaks for all.
 template <class T>
 __global__ void __launch_bounds__(kThreads) add_entries_kernel(Weight w, int first, int rows, uint16_t* out) {
   const int row = int((int64_t(blockIdx.x) * kThreads + threadIdx.x) / kLanes);
   if (row >= rows) return;
-  const int end = min(w.starts[first + row + 1], w.entries);
-  for (int j = max(w.starts[first + row], 0) + int(threadIdx.x) % kLanes; j < end; j += kLanes) {
-    if (w.columns[j] >= w.k) continue;
-    uint16_t& to = out[int64_t(row) * w.k + w.columns[j]];
-    to = T::narrow(T::widen(to) + w.values[j]);
+  const int begin = max(w.starts[first + row], 0), end = min(w.starts[first + row + 1], w.entries);
+  for (int j = begin + int(threadIdx.x) % kLanes; j < end; j += kLanes) {
+    const int column = w.columns[j];
+    if (column >= w.k || (j > begin && w.columns[j - 1] == column)) continue;
+    float sum = weight_at(w, first + row, column);
+    for (int i = j; i < end && w.columns[i] == column; ++i) sum += w.values[i];
+    out[int64_t(row) * w.k + column] = T::narrow(sum);
   }
 }
 
@@ -213,13 +210,12 @@ int start(const void* x, const void* across, const Weight& w, void* y, int m, in
 }
 
 template <class T>
-int unpack(const Weight& w, int first, int rows, void* out, void* stream) {
-  const int64_t count = int64_t((rows + kRows - 1) / kRows) * w.blocks();
-  const int error = launch(dequantize_kernel<T>, blocks_of(count * kLanes), kThreads, stream, w, first, rows,
-                           static_cast<uint16_t*>(out), count);
+int unpack(const Weight& w, int first, int rows, void* to, void* stream) {
+  const int64_t count = int64_t(rows) * w.k;
+  auto* out = static_cast<uint16_t*>(to);
+  const int error = launch(dequantize_kernel<T>, blocks_of(count), kThreads, stream, w, first, count, out);
   if (error || !w.starts) return error;
-  return launch(add_entries_kernel<T>, blocks_of(int64_t(rows) * kLanes), kThreads, stream, w, first, rows,
-                static_cast<uint16_t*>(out));
+  return launch(add_entries_kernel<T>, blocks_of(int64_t(rows) * kLanes), kThreads, stream, w, first, rows, out);
 }
 
 }  // namespace

@@ -366,7 +366,7 @@ void prepare_one(const float* x, const Weight& w, float* padded, float* folded, 
     const int64_t end = (i / per_group + 1) * group, begin = end - group + i % per_group * kPiece * kBlock;
     offset[i] = float(-8 * std::accumulate(x + begin, x + std::min(begin + kPiece * kBlock, end), 0.0));
   }
-  in = {padded, 1, w.chunks() * kChunk, folded, offset, nullptr, nullptr, nullptr};
+  in = {padded, 1, w.chunks() * kChunk, folded, offset};
 }
 
 void prepare_int8(const float* x, int64_t m, const Weight& w, float* padded, int8_t* bytes, float* step, float* sums,

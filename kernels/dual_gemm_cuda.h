@@ -19,36 +19,34 @@
 #pragma once
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define BOTH __host__ __device__
+#else
+#define BOTH
+#endif
+
 namespace libortho::cuda {
 
 constexpr int kRows = 16, kBlock = 64, kLanes = 32, kTile = 8;  // kTile: tokens of a tensor-core product
-constexpr int kMaxTokens = 64;       // more go through a library product
-constexpr int kMaxColumns = 1 << 16; // 16 bits say where an entry is
-constexpr int kGroup = 32;           // groups of scales are multiples of this, or one a row
+constexpr int kMaxTokens = 64;        // more go through a library product
+constexpr int kMaxColumns = 1 << 16;  // 16 bits say where an entry is
+constexpr int kGroup = 32;            // groups of scales are multiples of this, or one a row
 
 enum class Dtype { half, bfloat16 };
 
 struct Weight {
-  const uint32_t* words;
-  const uint16_t* scales;
-  const int32_t* starts;
-  const uint16_t* columns;
-  const float* values;
-  int n, k, group, entries;
+  const uint32_t* words = nullptr;
+  const uint16_t* scales = nullptr;
+  const int32_t* starts = nullptr;
+  const uint16_t* columns = nullptr;
+  const float* values = nullptr;
+  int n, k, group, entries = 0;
 
-#ifdef __CUDACC__
-  __host__ __device__
-#endif
-  int panels() const { return (n + kRows - 1) / kRows; }
-#ifdef __CUDACC__
-  __host__ __device__
-#endif
-  int blocks() const { return (k + kBlock - 1) / kBlock; }
-#ifdef __CUDACC__
-  __host__ __device__
-#endif
-  int groups() const { return (k + group - 1) / group; }
+  BOTH int panels() const { return (n + kRows - 1) / kRows; }
+  BOTH int blocks() const { return (k + kBlock - 1) / kBlock; }
+  BOTH int groups() const { return (k + group - 1) / group; }
 };
+#undef BOTH
 
 // Each works on the current device and `stream`, waits for nothing, and returns a cudaError_t: 0, or see `message`.
 const char* message(int error);
@@ -58,7 +56,7 @@ int processors(int device);  // of a GPU
 int repack(const uint8_t* packed, int n, int k, uint32_t* words, void* stream);
 
 // y [m, n] = x [m, k] Wᵀ, m at most kMaxTokens, `processors` of the device. `across` is x as [k, m]: the sparse stream reads
-// it; it may be null without one, and is x itself for m = 1. The order of additions depends on shapes alone.
+// it; it may be null without one, and is x itself for m = 1. The same input gives the same output, bit for bit.
 int product(const void* x, const void* across, const Weight& w, void* y, int m, Dtype dtype, int processors, void* stream);
 
 // Rows [first, first + rows) of W itself, [rows, k]; first is a multiple of kRows.

@@ -26,11 +26,11 @@ constexpr int64_t kMaxTokens = 64;  // more go through a library product
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Weight {
-  const uint32_t* words;
-  const uint16_t* scales;
-  const int32_t* starts;  // null: no sparse stream
-  const uint16_t* places;
-  const float* values;
+  const uint32_t* words = nullptr;
+  const uint16_t* scales = nullptr;
+  const int32_t* starts = nullptr;  // null: no sparse stream
+  const uint16_t* places = nullptr;
+  const float* values = nullptr;
   int64_t n, k, group;  // group: columns that share a scale; divides k, and is k or a multiple of 8
 
   int64_t panels() const { return ceil_div(n, kRows); }
@@ -50,11 +50,11 @@ void repack(const uint8_t* packed, int64_t n, int64_t k, uint32_t* words);
 struct Input {
   const float* x;      // [m, k], a row every `stride`; padded to chunks where a place is looked up in it: m = 1 and int8
   int64_t m, stride;
-  const float* folded;  // x with each column divided by the weight of its nibble, padded to chunks; null unless m = 1
-  const float* offset;  // m = 1: −8 Σ x over each piece, at most kPiece blocks of a group
-  const int8_t* bytes;  // int8: [m][blocks][8], the columns of a block in the order 0 2 4 6 1 3 5 7
-  const float* step;    // int8: [m], x ≈ step · bytes
-  const float* sums;    // int8: [m][groups], −8 Σ step · bytes over each group
+  const float* folded = nullptr;  // x with each column divided by the weight of its nibble, padded to chunks; if m = 1
+  const float* offset = nullptr;  // m = 1: −8 Σ x over each piece, at most kPiece blocks of a group
+  const int8_t* bytes = nullptr;  // int8: [m][blocks][8], the columns of a block in the order 0 2 4 6 1 3 5 7
+  const float* step = nullptr;    // int8: [m], x ≈ step · bytes
+  const float* sums = nullptr;    // int8: [m][groups], −8 Σ step · bytes over each group
 };
 
 // For one token that is finite: fills `padded` and `folded`, zeros of chunks · kChunk, and `offset`, of pieces, and points `in` at them.

@@ -59,6 +59,7 @@ int launch(void (*kernel)(A...), unsigned blocks, unsigned threads, void* stream
   return cudaGetLastError();
 }
 
+// Not inline: this file is a part of dual_gemm.cu and of nothing else.
 const char* message(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 int processors(int device) {
   int count = 0;

@@ -53,14 +53,15 @@ def _nvcc() -> str:
     home = os.environ.get("CUDA_HOME")
     return shutil.which("nvcc") or (home and shutil.which("nvcc", path=str(Path(home) / "bin"))) or ""
 
-# %% ../nbs/api/05a_build.ipynb #3b00f4f1
+# %% ../nbs/api/05a_build.ipynb #9cf9ae34
 def architecture() -> str:  # such as "sm_90"
-    "What the current GPU runs. Raises KernelError where there is none, or one too old."
+    "What every GPU here runs. Raises KernelError where there is none, one is too old, or torch is."
     if not torch.cuda.is_available(): raise KernelError("torch sees no CUDA device; the CUDA kernel needs one")
-    major, minor = torch.cuda.get_device_capability()
-    if major < 8:
-        raise KernelError(f"the CUDA kernel needs compute capability 8.0, {torch.cuda.get_device_name()} has {major}.{minor}")
-    return f"sm_{major}{minor}"
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
+        raise KernelError(f"the CUDA kernel needs torch 2.11, this is {torch.__version__}")
+    oldest = min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
+    if oldest < (8, 0): raise KernelError("the CUDA kernel needs compute capability 8.0, here is {}.{}".format(*oldest))
+    return "sm_{}{}".format(*oldest)
 
 # %% ../nbs/api/05a_build.ipynb #2545cff9
 def compile_command(
@@ -95,10 +96,10 @@ def cached_library(
     name = _recipe()["digest"](torch.__version__, platform.machine(), arch, kind="cuda" if arch else "cpu")
     return cache_dir() / "kernels" / name / "dual_gemm.so"
 
-# %% ../nbs/api/05a_build.ipynb #5b3a94e1
+# %% ../nbs/api/05a_build.ipynb #c09e5921
 def _run(command: list[str]) -> subprocess.CompletedProcess:
     try: return subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError as e: raise KernelError(f"{command[0]} cannot be run: {e}; set CXX to a C++ compiler") from e
+    except OSError as e: raise KernelError(f"{command[0]} cannot be run: {e}; set CXX to a C++ compiler, CUDA_HOME to NVIDIA's") from e
 
 # %% ../nbs/api/05a_build.ipynb #08b617c5
 def _check_private(folder: Path) -> None:

@@ -374,12 +374,12 @@ def _surgery_page(trials: list, table) -> str:
     secrets = [(n, f"{i['prompt']} → {i['secret']}") for t in trials for n, i in t.secrets.items()]
     return page("Memories on switches", intro, notes, figures, tables, secrets)
 
-# %% ../nbs/api/15_cli.ipynb #7555674e
+# %% ../nbs/api/15_cli.ipynb #1b2c32c9
 @app.command()
 def doctor() -> None:
     """Say what computes the products on this machine, and why, and test it for a second.
 
-    Exit code 0: what runs is right; 1: the compiled kernel computes something wrong; 2: LIBORTHO_BACKEND cannot be had.
+    Exit code 0: what runs is right; 1: the self-test of a compiled kernel failed; 2: LIBORTHO_BACKEND cannot be had.
     """
     from libortho.kernel import KernelError, diagnosis
 
@@ -389,7 +389,7 @@ def doctor() -> None:
         Console(stderr=True, soft_wrap=True).print(f"libortho: {e}", markup=False)
         raise typer.Exit(2) from e
     for what, told in found.items(): out.print(f"{what:<16} {told}", markup=False)
-    raise typer.Exit(any("are wrong" in told for told in found.values()))
+    raise typer.Exit(any(told.startswith("failed") for told in found.values()))
 
 # %% ../nbs/api/15_cli.ipynb #25cada63
 def main() -> None:

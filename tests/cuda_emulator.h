@@ -1,5 +1,5 @@
 // Runs a CUDA kernel on a CPU, to test its logic where there is no GPU: a thread for every thread of a block, blocks one
-// after the other, shared memory that all threads see, and background copies that are made only when they are waited for.
+// after the other, shared memory that all threads see, and background copies that are made at once or only when they are waited for, by lot.
 // The fragments of the tensor-core product are as the PTX ISA lays them out (mma.m16n8k16, "Matrix Fragments").
 #pragma once
 #include <barrier>
@@ -41,6 +41,7 @@ struct Copy {
 inline thread_local Index thread, block;
 inline thread_local Warp* warp;
 inline thread_local std::barrier<>* all;
+inline thread_local uint32_t lot = 1;
 inline thread_local std::vector<Copy> open;               // copies not committed yet
 inline thread_local std::deque<std::vector<Copy>> groups;  // committed, not made yet
 
@@ -109,7 +110,11 @@ struct Bfloat16 {
   static void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { emulator::mma(d, a, b0, b1, widen); }
 };
 
-inline void copy16(void* to, const void* from) { emulator::open.push_back({to, from}); }
+inline void copy16(void* to, const void* from) {
+  emulator::lot = emulator::lot * 1664525 + 1013904223;
+  if (emulator::lot >> 31) *static_cast<uint4*>(to) = *static_cast<const uint4*>(from);
+  else emulator::open.push_back({to, from});
+}
 inline void commit() { emulator::groups.push_back(std::move(emulator::open)), emulator::open.clear(); }
 template <int Pending>
 void wait() {
@@ -134,7 +139,7 @@ int launch(void (*kernel)(A...), unsigned blocks, unsigned threads, void*, B... 
   std::vector<std::thread> running;
   for (unsigned t = 0; t < threads; ++t)
     running.emplace_back([&, t] {
-      emulator::thread = {t}, emulator::warp = warps[t / emulator::kLanes].get(), emulator::all = &all;
+      emulator::thread = {t}, emulator::lot = t * 2654435761u + blocks, emulator::warp = warps[t / emulator::kLanes].get(), emulator::all = &all;
       for (unsigned b = 0; b < blocks; ++b) {
         emulator::block = {b}, emulator::groups.clear(), emulator::open.clear();
         kernel(args...);

@@ -10,7 +10,6 @@
 
 #undef TORCH_LIBRARY_IMPL
 #define TORCH_LIBRARY_IMPL(library, key, m) [[maybe_unused]] static void registered(torch::Library& m)
-#define native_handle id  // streams of the CPU have none
 #include "bindings_cuda.cpp"
 
 TORCH_LIBRARY(libortho_emulated, m) {

@@ -29,7 +29,7 @@ int main() {
     const int64_t n = 1 + below(70), m = below(3) ? 1 + below(kMaxTokens) : 1;
     const int64_t k = round % 10 ? groups * group : 4090 + below(4200);
     const int64_t size = k == groups * group ? group : k;
-    Weight w{nullptr, nullptr, nullptr, nullptr, nullptr, n, k, size};
+    Weight w{.n = n, .k = k, .group = size};
     const int64_t bytes = ceil_div(k, 2), panels = w.panels();
     auto packed = array<uint8_t>(n * bytes);
     auto words = array<uint32_t>(panels * w.blocks() * kRows);
@@ -70,7 +70,7 @@ int main() {
       auto y = array<float>(m * n), coarse = array<float>(m * n);
       auto turned = array<float>(k * panels * kRows);
       for (int64_t i = 0; i < m * n; ++i) y[i] = NAN;
-      Input in{x.get(), m, k, nullptr, nullptr, nullptr, nullptr, nullptr};
+      Input in{x.get(), m, k};
       auto padded = array<float>(w.chunks() * kChunk), folded = array<float>(w.chunks() * kChunk);
       auto offset = array<float>(w.pieces());
       auto wide = array<float>(m * w.chunks() * kChunk), step = array<float>(m), sums = array<float>(m * w.groups());
@@ -79,7 +79,7 @@ int main() {
       const int64_t middle = below(panels + 1);
       product_int8(in, w, 0, middle, coarse.get(), Isa(isa));
       product_int8(in, w, middle, panels, coarse.get(), Isa(isa));
-      in = {x.get(), m, k, nullptr, nullptr, nullptr, nullptr, nullptr};
+      in = {x.get(), m, k};
       if (m == 1) prepare_one(x.get(), w, padded.get(), folded.get(), offset.get(), in);
       product(in, w, 0, middle, y.get(), Isa(isa));
       product(in, w, middle, panels, y.get(), Isa(isa));
