@@ -124,6 +124,13 @@ void product_of_library(const Tensor& x, const Weight& w, Tensor& y) {
   }
 }
 
+Input input_of_many(const Tensor& x, const Weight& w, std::vector<float>& buffer) {
+  buffer.resize(ceil_div(w.k, kSlice) * kSlice * x.size(0));
+  Input in{};
+  prepare_many(x.const_data_ptr<float>(), x.size(0), w, buffer.data(), in);
+  return in;
+}
+
 Input input_of_one(const Tensor& x, const Weight& w, std::vector<float>& buffer) {
   const int64_t width = w.chunks() * kChunk;
   buffer.assign(2 * width + w.pieces(), 0.0f);
@@ -132,7 +139,7 @@ Input input_of_one(const Tensor& x, const Weight& w, std::vector<float>& buffer)
   prepare_one(x.const_data_ptr<float>(), w, buffer.data(), buffer.data() + width, offset, in);
   // An infinity taken out beforehand would leave nothing but NaN; the way of several tokens takes none out.
   if (!std::all_of(offset, offset + w.pieces(), [](float v) { return std::isfinite(v); }))
-    in = {x.const_data_ptr<float>(), 1, w.k};
+    in = input_of_many(x, w, buffer);
   return in;
 }
 
@@ -172,8 +179,7 @@ Tensor dual_gemm_cpu(const Tensor& x, const Tensor& words, const Tensor& scales,
     for_panels(w, [&](int64_t first, int64_t last) { product_int8(in, w, first, last, to, isa()); });
   } else if (m > 0) {
     std::vector<float> buffer;
-    Input in{rows.const_data_ptr<float>(), m, k};
-    if (m == 1) in = input_of_one(rows, w, buffer);
+    const Input in = m == 1 ? input_of_one(rows, w, buffer) : input_of_many(rows, w, buffer);
     for_panels(w, [&](int64_t first, int64_t last) { product(in, w, first, last, to, isa()); });
   }
   return y.to(dtype).view(sizes);

@@ -18,6 +18,7 @@
 #endif
 
 #define INLINE inline __attribute__((always_inline))
+#define NOINLINE __attribute__((noinline))
 
 namespace libortho {
 namespace {
@@ -149,7 +150,7 @@ INLINE void unpack(const Weight& w, int64_t panel, int64_t k0, int32_t& entry, f
 
 // T tokens times `columns` columns of 16 rows: sum[t][row] += Σ x[t][column] · slice[column][row].
 template <int W, int T>
-INLINE void micro(const float* x, int64_t stride, const float* slice, int64_t columns, float* sum) {
+INLINE void micro(const float* x, const float* slice, int64_t columns, float* sum) {
   using F = typename Vec<W>::F;
   constexpr int V = kRows / W;
   F a[T][V];
@@ -159,22 +160,18 @@ INLINE void micro(const float* x, int64_t stride, const float* slice, int64_t co
     F row[V];
     for (int v = 0; v < V; ++v) row[v] = load<F>(slice + k * kRows + v * W);
     for (int t = 0; t < T; ++t)
-      for (int v = 0; v < V; ++v) a[t][v] += row[v] * x[t * stride + k];
+      for (int v = 0; v < V; ++v) a[t][v] += row[v] * x[t * kSlice + k];
   }
   for (int t = 0; t < T; ++t)
     for (int v = 0; v < V; ++v) store(sum + t * kRows + v * W, a[t][v]);
 }
 
-template <int W, int T>
-INLINE void micro_rest(int64_t rest, const float* x, int64_t stride, const float* slice, int64_t columns, float* sum) {
-  if constexpr (T > 0) {
-    if (rest == T) return micro<W, T>(x, stride, slice, columns, sum);
-    micro_rest<W, T - 1>(rest, x, stride, slice, columns, sum);
-  }
-}
+using Micro = void (*)(const float*, const float*, int64_t, float*);
 
+// `some` has the sums for 1, 2, … tokens. They are functions of their own: inlined here, their sums would share the
+// registers with what `unpack` keeps in some, and spill.
 template <int W, int T>
-INLINE void product_of_many(const Input& in, const Weight& w, int64_t first, int64_t last, float* y) {
+INLINE void product_of_many(const Input& in, const Weight& w, int64_t first, int64_t last, float* y, const Micro (&some)[T]) {
   alignas(64) float slice[kSlice * kRows], sum[kMaxTokens * kRows];
   for (int64_t p = first; p < last; ++p) {
     std::fill_n(sum, in.m * kRows, 0.0f);
@@ -182,9 +179,8 @@ INLINE void product_of_many(const Input& in, const Weight& w, int64_t first, int
     for (int64_t k0 = 0; k0 < w.k; k0 += kSlice) {
       unpack<W>(w, p, k0, entry, slice, kRows);
       const int64_t columns = std::min(kSlice, w.k - k0);
-      int64_t t = 0;
-      for (; t + T <= in.m; t += T) micro<W, T>(in.x + t * in.stride + k0, in.stride, slice, columns, sum + t * kRows);
-      micro_rest<W, T - 1>(in.m - t, in.x + t * in.stride + k0, in.stride, slice, columns, sum + t * kRows);
+      for (int64_t t = 0; t < in.m; t += T)
+        some[std::min<int64_t>(T, in.m - t) - 1](in.x + k0 * in.m + t * kSlice, slice, columns, sum + t * kRows);
     }
     for (int64_t t = 0; t < in.m; ++t)
       std::memcpy(y + t * w.n + p * kRows, sum + t * kRows, sizeof(float) * std::min(kRows, w.n - p * kRows));
@@ -304,8 +300,13 @@ INLINE void product_of_bytes(const Input& in, const Weight& w, int64_t first, in
 
 // The bodies, compiled for each instruction set.
 
+template <int T>
+NOINLINE void micro_generic(const float* x, const float* slice, int64_t columns, float* sum) {
+  micro<4, T>(x, slice, columns, sum);
+}
 void product_generic(const Input& in, const Weight& w, int64_t first, int64_t last, float* y) {
-  in.folded ? product_of_one<4, 4, 2>(in, w, first, last, y) : product_of_many<4, 2>(in, w, first, last, y);
+  if (in.folded) return product_of_one<4, 4, 2>(in, w, first, last, y);
+  product_of_many<4, 2>(in, w, first, last, y, {micro_generic<1>, micro_generic<2>});
 }
 void bytes_product_generic(const Input& in, const Weight& w, int64_t first, int64_t last, float* y) {
   product_of_bytes(in, w, first, last, y, {bytes_generic<1>, bytes_generic<2>, bytes_generic<3>, bytes_generic<4>});
@@ -314,8 +315,14 @@ void dequantize_generic(const Weight& w, int64_t first, int64_t last, float* out
   dequantize_panels<4>(w, first, last, out, columns);
 }
 #ifdef LIBORTHO_X86
+template <int T>
+AVX2 NOINLINE void micro_avx2(const float* x, const float* slice, int64_t columns, float* sum) {
+  micro<8, T>(x, slice, columns, sum);
+}
 AVX2 void product_avx2(const Input& in, const Weight& w, int64_t first, int64_t last, float* y) {
-  in.folded ? product_of_one<8, 4, 2>(in, w, first, last, y) : product_of_many<8, 6>(in, w, first, last, y);
+  if (in.folded) return product_of_one<8, 4, 2>(in, w, first, last, y);
+  product_of_many<8, 6>(in, w, first, last, y,
+                        {micro_avx2<1>, micro_avx2<2>, micro_avx2<3>, micro_avx2<4>, micro_avx2<5>, micro_avx2<6>});
 }
 AVX2 void bytes_product_avx2(const Input& in, const Weight& w, int64_t first, int64_t last, float* y) {
   product_of_bytes(in, w, first, last, y, {bytes_avx2<1>, bytes_avx2<2>, bytes_avx2<3>, bytes_avx2<4>});
@@ -323,8 +330,17 @@ AVX2 void bytes_product_avx2(const Input& in, const Weight& w, int64_t first, in
 AVX2 void dequantize_avx2(const Weight& w, int64_t first, int64_t last, float* out, int64_t columns) {
   dequantize_panels<8>(w, first, last, out, columns);
 }
+template <int T>
+AVX512 NOINLINE void micro_avx512(const float* x, const float* slice, int64_t columns, float* sum) {
+  micro<16, T>(x, slice, columns, sum);
+}
 AVX512 void product_avx512(const Input& in, const Weight& w, int64_t first, int64_t last, float* y) {
-  in.folded ? product_of_one<16, 4, 2>(in, w, first, last, y) : product_of_many<16, 16>(in, w, first, last, y);
+  if (in.folded) return product_of_one<16, 4, 2>(in, w, first, last, y);
+  product_of_many<16, 16>(in, w, first, last, y,
+                          {micro_avx512<1>, micro_avx512<2>, micro_avx512<3>, micro_avx512<4>, micro_avx512<5>,
+                           micro_avx512<6>, micro_avx512<7>, micro_avx512<8>, micro_avx512<9>, micro_avx512<10>,
+                           micro_avx512<11>, micro_avx512<12>, micro_avx512<13>, micro_avx512<14>, micro_avx512<15>,
+                           micro_avx512<16>});
 }
 AVX512 void dequantize_avx512(const Weight& w, int64_t first, int64_t last, float* out, int64_t columns) {
   dequantize_panels<16>(w, first, last, out, columns);
@@ -367,6 +383,12 @@ void prepare_one(const float* x, const Weight& w, float* padded, float* folded, 
     offset[i] = float(-8 * std::accumulate(x + begin, x + std::min(begin + kPiece * kBlock, end), 0.0));
   }
   in = {padded, 1, w.chunks() * kChunk, folded, offset};
+}
+
+void prepare_many(const float* x, int64_t m, const Weight& w, float* sliced, Input& in) {
+  for (int64_t k0 = 0; k0 < w.k; k0 += kSlice)
+    for (int64_t t = 0; t < m; ++t) std::copy_n(x + t * w.k + k0, std::min(kSlice, w.k - k0), sliced + k0 * m + t * kSlice);
+  in = {sliced, m, kSlice};
 }
 
 void prepare_int8(const float* x, int64_t m, const Weight& w, float* padded, int8_t* bytes, float* step, float* sums,

@@ -72,8 +72,8 @@ def load(
     "Make the operators available, compiling them if need be. Raises KernelError where that fails."
     if reason := _load_cuda() if device == "cuda" else _load()[1]: raise KernelError(reason)
 
-# %% ../nbs/api/05_kernel.ipynb #ce99ceba
-TOKENS = 64  # most tokens that the kernel itself takes
+# %% ../nbs/api/05_kernel.ipynb #32d7177c
+TOKENS = 128  # most tokens that the CPU kernel itself takes; that for a GPU takes 64
 
 # %% ../nbs/api/05_kernel.ipynb #00a34054
 @dataclass
@@ -163,14 +163,14 @@ def sparse(
     places = (key % 65536 + 32768) % 65536 - 32768  # the same 16 bits, read as a signed number
     return Sparse(starts.int(), places.short(), value)
 
-# %% ../nbs/api/05_kernel.ipynb #8a6faba1
+# %% ../nbs/api/05_kernel.ipynb #5044cd42
 def dual_gemm(
     x: Tensor,  # float32, bfloat16 or float16 [..., in]; on a GPU of 16 bits
     panels: Panels,  # the base
     stream: Sparse,  # the open compartments
-    int8: bool = False,  # round each token of x to 127 steps first, for up to 64 tokens on the CPU: faster, less exact
+    int8: bool = False,  # round each token of x to 127 steps first, for up to `TOKENS` on the CPU: less exact
 ) -> Tensor:  # [..., out], in x's dtype; sums are in float32
-    "`x W(α)ᵀ` from the nibbles. For more than `TOKENS` tokens the weight is unpacked part by part for the library's product."
+    "`x W(α)ᵀ` from the nibbles. For more tokens the weight is unpacked part by part for the library's product."
     return torch.ops.libortho.dual_gemm(
         x, panels.words, panels.scales, stream.starts, stream.places, stream.values, panels.n, panels.k, int8
     )

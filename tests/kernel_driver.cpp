@@ -70,7 +70,7 @@ int main() {
       auto y = array<float>(m * n), coarse = array<float>(m * n);
       auto turned = array<float>(k * panels * kRows);
       for (int64_t i = 0; i < m * n; ++i) y[i] = NAN;
-      Input in{x.get(), m, k};
+      Input in{};
       auto padded = array<float>(w.chunks() * kChunk), folded = array<float>(w.chunks() * kChunk);
       auto offset = array<float>(w.pieces());
       auto wide = array<float>(m * w.chunks() * kChunk), step = array<float>(m), sums = array<float>(m * w.groups());
@@ -79,7 +79,8 @@ int main() {
       const int64_t middle = below(panels + 1);
       product_int8(in, w, 0, middle, coarse.get(), Isa(isa));
       product_int8(in, w, middle, panels, coarse.get(), Isa(isa));
-      in = {x.get(), m, k};
+      auto sliced = array<float>(ceil_div(k, kSlice) * kSlice * m);
+      prepare_many(x.get(), m, w, sliced.get(), in);
       if (m == 1) prepare_one(x.get(), w, padded.get(), folded.get(), offset.get(), in);
       product(in, w, 0, middle, y.get(), Isa(isa));
       product(in, w, middle, panels, y.get(), Isa(isa));
