@@ -20,7 +20,8 @@ using at::Tensor;
 std::atomic<int> isa_limit{static_cast<int>(Isa::avx512_vnni)};
 Isa isa() { return std::min(best_isa(), static_cast<Isa>(isa_limit.load())); }
 
-// Use at most this instruction set (0 plain, 1 AVX2, 2 AVX-512, 3 with VNNI; -1 changes nothing); returns the one in use.
+// Use at most this instruction set (0 plain, 1 AVX2, 2 AVX-512, 3 with VNNI; -1 changes nothing); returns the one in
+// use.
 int64_t limit_isa(int64_t limit) {
   TORCH_CHECK_VALUE(-1 <= limit && limit <= 3, "limit must be -1, 0, 1, 2 or 3, got ", limit);
   if (limit >= 0) isa_limit = static_cast<int>(limit);
@@ -35,7 +36,8 @@ void check(const Tensor& t, const char* name, at::ScalarType dtype, at::IntArray
 }
 
 int64_t group_of(int64_t groups, int64_t k) {
-  TORCH_CHECK_VALUE(groups > 0 && k % groups == 0, "k = ", k, " columns do not divide into ", groups, " groups of scales");
+  TORCH_CHECK_VALUE(groups > 0 && k % groups == 0, "k = ", k, " columns do not divide into ", groups,
+                    " groups of scales");
   TORCH_CHECK_VALUE(groups == 1 || k / groups % kBlock == 0, "groups of ", k / groups, " columns; the kernel takes ",
                     "multiples of ", kBlock, ", or one group a row");
   return k / groups;
@@ -90,7 +92,7 @@ std::vector<int64_t> split(const Weight& w, int64_t threads) {
     int64_t low = begin.back(), high = panels;
     while (low < high) {
       const int64_t middle = (low + high) / 2;
-      before(middle) * threads < before(panels) * t ? low = middle + 1 : high = middle;
+      before(middle) * threads < before(panels)* t ? low = middle + 1 : high = middle;
     }
     begin.push_back(low);
   }
@@ -203,8 +205,9 @@ Tensor dual_gemm_autograd(const Tensor& x, const Tensor& words, const Tensor& sc
 
 TORCH_LIBRARY(libortho, m) {
   m.def("repack(Tensor packed, Tensor scales, int k) -> (Tensor, Tensor)");
-  m.def("dual_gemm(Tensor x, Tensor words, Tensor scales, Tensor starts, Tensor places, Tensor values, "
-        "int n, int k, bool int8=False) -> Tensor");
+  m.def(
+      "dual_gemm(Tensor x, Tensor words, Tensor scales, Tensor starts, Tensor places, Tensor values, "
+      "int n, int k, bool int8=False) -> Tensor");
   m.def("limit_isa(int limit) -> int", &libortho::limit_isa);
 }
 TORCH_LIBRARY_IMPL(libortho, CPU, m) {

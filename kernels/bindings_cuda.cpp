@@ -22,8 +22,8 @@ void check(const Tensor& t, const char* name, at::ScalarType dtype, at::IntArray
   TORCH_CHECK_VALUE(t.device() == device, name, " must be on ", device, ", got ", t.device());
   TORCH_CHECK_VALUE(t.sizes() == sizes, name, " must have shape ", sizes, ", got ", t.sizes());
   TORCH_CHECK_VALUE(t.is_contiguous(), name, " must be contiguous; call .contiguous() on it");
-  TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0, name, " must begin at a multiple of 16 bytes; ",
-                    "call .clone() on it");
+  TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0, name,
+                    " must begin at a multiple of 16 bytes; ", "call .clone() on it");
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -34,9 +34,10 @@ void* stream_of(const Tensor& t) {
 void must(int error) { TORCH_CHECK(!error, "the CUDA kernel could not be started: ", message(error)); }
 
 int group_of(int64_t groups, int64_t n, int64_t k) {
-  TORCH_CHECK_VALUE(n > 0 && n < kMost && k > 0 && k <= kMaxColumns, "the kernel takes up to ",
-                    kMaxColumns, " columns, got a weight of [", n, ", ", k, "]");
-  TORCH_CHECK_VALUE(groups > 0 && k % groups == 0, "k = ", k, " columns do not divide into ", groups, " groups of scales");
+  TORCH_CHECK_VALUE(n > 0 && n < kMost && k > 0 && k <= kMaxColumns, "the kernel takes up to ", kMaxColumns,
+                    " columns, got a weight of [", n, ", ", k, "]");
+  TORCH_CHECK_VALUE(groups > 0 && k % groups == 0, "k = ", k, " columns do not divide into ", groups,
+                    " groups of scales");
   TORCH_CHECK_VALUE(groups == 1 || k / groups % kGroup == 0, "groups of ", k / groups, " columns; the kernel takes ",
                     "multiples of ", kGroup, ", or one group a row");
   return int(k / groups);
@@ -53,8 +54,8 @@ std::tuple<Tensor, Tensor> repack_cuda(const Tensor& packed, const Tensor& scale
                     scales.sizes());
   check(scales, "scales", at::kBFloat16, scales.sizes(), packed.device());
   Tensor words = at::empty({panels, ceil_div(k, kBlock), kLanes, 4}, packed.options().dtype(at::kInt));
-  must(repack(packed.const_data_ptr<uint8_t>(), int(n), int(k), reinterpret_cast<uint32_t*>(words.mutable_data_ptr<int32_t>()),
-              stream_of(packed)));
+  must(repack(packed.const_data_ptr<uint8_t>(), int(n), int(k),
+              reinterpret_cast<uint32_t*>(words.mutable_data_ptr<int32_t>()), stream_of(packed)));
   Tensor rows = at::zeros({panels * kRows, groups}, scales.options());
   rows.narrow(0, 0, n).copy_(scales.expand({n, groups}));
   return {words, rows.view({panels, kRows, groups}).transpose(1, 2).contiguous()};
@@ -104,7 +105,8 @@ Tensor dual_gemm_cuda(const Tensor& x, const Tensor& words, const Tensor& scales
   TORCH_CHECK_TYPE(x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16,
                    "x must be float16 or bfloat16 on a GPU, got ", x.scalar_type());
   TORCH_CHECK_VALUE(!int8, "int8 activations are for the CPU; leave int8 off on a GPU");
-  TORCH_CHECK_VALUE(x.device() == words.device(), "x must be on ", words.device(), ", as the weight is; got ", x.device());
+  TORCH_CHECK_VALUE(x.device() == words.device(), "x must be on ", words.device(), ", as the weight is; got ",
+                    x.device());
   TORCH_CHECK_VALUE(x.dim() > 0 && x.size(-1) == k, "x must be [..., ", k, "], got ", x.sizes());
   const Dtype dtype = x.scalar_type() == at::kHalf ? Dtype::half : Dtype::bfloat16;
   auto sizes = x.sizes().vec();

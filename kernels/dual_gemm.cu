@@ -1,7 +1,8 @@
 // The dual-stream product on an NVIDIA GPU (sm_80 and later): y = x (W_base + Σ α_c W_ortho[c])ᵀ for few tokens.
 //
 // Nibbles become integers of 16 bits in the registers of a tensor-core product; its sums, in float32, are scaled after
-// every 32 columns. The warps of a block of threads share a panel's columns and add up at the end, always in the same order.
+// every 32 columns. The warps of a block of threads share a panel's columns and add up at the end, always in the same
+// order.
 #include "dual_gemm_cuda.h"
 #ifdef __CUDACC__
 #include "warp.cuh"
@@ -60,7 +61,8 @@ __device__ void half_block(float (&d)[4], uint32_t word0, uint32_t word1, const 
 
 // The sparse stream of one panel: the warps share its entries evenly, whatever rows they are in. `L` lanes hold tokens.
 template <class T, int L>
-__device__ void add_sparse(const Weight& w, int panel, const uint16_t* across, int m, int token0, float* sum, int stride) {
+__device__ void add_sparse(const Weight& w, int panel, const uint16_t* across, int m, int token0, float* sum,
+                           int stride) {
   const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, token = lane % L;
   const int32_t* starts = w.starts + panel * kRows;
   const int64_t begin = starts[0], count = starts[kRows] - begin;
@@ -81,8 +83,8 @@ __device__ void add_sparse(const Weight& w, int panel, const uint16_t* across, i
 
 // One block of threads: `P` panels, `N` times 8 tokens.
 template <class T, int N, int P>
-__global__ void __launch_bounds__(kThreads) product_kernel(const uint16_t* x, const uint16_t* across, Weight w, uint16_t* y,
-                                                           int m, bool aligned) {
+__global__ void __launch_bounds__(kThreads)
+    product_kernel(const uint16_t* x, const uint16_t* across, Weight w, uint16_t* y, int m, bool aligned) {
   constexpr int kStages = P == 1 ? 4 : 3;  // slices of each warp that are under way or in use: 48 KB is what there is
   __shared__ Slice<P> ring[kWarps][kStages];
   __shared__ float sums[kWarps][P * kRows][N * kTile];
@@ -123,8 +125,7 @@ __global__ void __launch_bounds__(kThreads) product_kernel(const uint16_t* x, co
   }
   for (int p = 0; p < P; ++p)
     for (int t = 0; t < N; ++t)
-      for (int c = 0; c < 4; ++c)
-        sums[warp][p * kRows + q + c / 2 * 8][t * kTile + pair * 2 + c % 2] = total[p][t][c];
+      for (int c = 0; c < 4; ++c) sums[warp][p * kRows + q + c / 2 * 8][t * kTile + pair * 2 + c % 2] = total[p][t][c];
   __syncwarp();
   for (int p = 0; w.starts && p < P && panel + p < w.panels(); ++p) {
     float* sum = &sums[warp][p * kRows][0];
@@ -146,7 +147,8 @@ __device__ uint32_t nibble(const uint8_t* packed, int n, int k, int row, int col
   return packed[int64_t(row) * ((k + 1) / 2) + column / 2] >> (column % 2 * 4) & 15;
 }
 
-__global__ void __launch_bounds__(kThreads) repack_kernel(const uint8_t* packed, int n, int k, uint32_t* words, int64_t count) {
+__global__ void __launch_bounds__(kThreads)
+    repack_kernel(const uint8_t* packed, int n, int k, uint32_t* words, int64_t count) {
   const int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (at >= count) return;
   const int s = at % 4, lane = at / 4 % kLanes, blocks = (k + kBlock - 1) / kBlock;
@@ -175,8 +177,8 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(Weight w, int firs
   if (at < count) out[at] = T::narrow(weight_at(w, first + int(at / w.k), int(at % w.k)));
 }
 
-// One warp writes anew what the entries of one row change. Entries of several compartments at the same place follow each
-// other, and the first of them speaks for all.
+// One warp writes anew what the entries of one row change. Entries of several compartments at the same place follow
+// each other, and the first of them speaks for all.
 template <class T>
 __global__ void __launch_bounds__(kThreads) add_entries_kernel(Weight w, int first, int rows, uint16_t* out) {
   const int row = int((int64_t(blockIdx.x) * kThreads + threadIdx.x) / kLanes);
@@ -225,7 +227,8 @@ int repack(const uint8_t* packed, int n, int k, uint32_t* words, void* stream) {
   return launch(repack_kernel, blocks_of(count), kThreads, stream, packed, n, k, words, count);
 }
 
-int product(const void* x, const void* across, const Weight& w, void* y, int m, Dtype dtype, int processors, void* stream) {
+int product(const void* x, const void* across, const Weight& w, void* y, int m, Dtype dtype, int processors,
+            void* stream) {
   if (dtype == Dtype::half) return start<Half>(x, across, w, y, m, processors, stream);
   return start<Bfloat16>(x, across, w, y, m, processors, stream);
 }

@@ -12,12 +12,12 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #define LIBORTHO_X86 1
-#define AVX2 __attribute__((target("avx2,fma")))
-#define AVX512 __attribute__((target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq")))
-#define VNNI __attribute__((target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
+#define AVX2         __attribute__((target("avx2,fma")))
+#define AVX512       __attribute__((target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq")))
+#define VNNI         __attribute__((target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
 #endif
 
-#define INLINE inline __attribute__((always_inline))
+#define INLINE   inline __attribute__((always_inline))
 #define NOINLINE __attribute__((noinline))
 
 namespace libortho {
@@ -38,7 +38,9 @@ INLINE T load(const void* p) {
   return v;
 }
 template <class T>
-INLINE void store(void* p, const T& v) { std::memcpy(p, &v, sizeof(T)); }
+INLINE void store(void* p, const T& v) {
+  std::memcpy(p, &v, sizeof(T));
+}
 
 // bfloat16 bits are the upper half of a float's.
 template <int W>
@@ -98,7 +100,8 @@ INLINE void add_sparse_of_one(const Input& in, const Weight& w, int64_t panel, f
   for (int64_t c = 0; c < chunks; ++c) {
     const float* x = in.x + c * kChunk;
     const int32_t end = w.starts[panel * chunks + c + 1];
-    for (int32_t j = w.starts[panel * chunks + c]; j < end; ++j) y[w.places[j] & 15] += w.values[j] * x[w.places[j] >> 4];
+    for (int32_t j = w.starts[panel * chunks + c]; j < end; ++j)
+      y[w.places[j] & 15] += w.values[j] * x[w.places[j] >> 4];
   }
 }
 
@@ -171,7 +174,8 @@ using Micro = void (*)(const float*, const float*, int64_t, float*);
 // `some` has the sums for 1, 2, … tokens. They are functions of their own: inlined here, their sums would share the
 // registers with what `unpack` keeps in some, and spill.
 template <int W, int T>
-INLINE void product_of_many(const Input& in, const Weight& w, int64_t first, int64_t last, float* y, const Micro (&some)[T]) {
+INLINE void product_of_many(const Input& in, const Weight& w, int64_t first, int64_t last, float* y,
+                            const Micro (&some)[T]) {
   alignas(64) float slice[kSlice * kRows], sum[kMaxTokens * kRows];
   for (int64_t p = first; p < last; ++p) {
     std::fill_n(sum, in.m * kRows, 0.0f);
@@ -336,11 +340,11 @@ AVX512 NOINLINE void micro_avx512(const float* x, const float* slice, int64_t co
 }
 AVX512 void product_avx512(const Input& in, const Weight& w, int64_t first, int64_t last, float* y) {
   if (in.folded) return product_of_one<16, 4, 2>(in, w, first, last, y);
-  product_of_many<16, 16>(in, w, first, last, y,
-                          {micro_avx512<1>, micro_avx512<2>, micro_avx512<3>, micro_avx512<4>, micro_avx512<5>,
-                           micro_avx512<6>, micro_avx512<7>, micro_avx512<8>, micro_avx512<9>, micro_avx512<10>,
-                           micro_avx512<11>, micro_avx512<12>, micro_avx512<13>, micro_avx512<14>, micro_avx512<15>,
-                           micro_avx512<16>});
+  product_of_many<16, 16>(
+      in, w, first, last, y,
+      {micro_avx512<1>, micro_avx512<2>, micro_avx512<3>, micro_avx512<4>, micro_avx512<5>, micro_avx512<6>,
+       micro_avx512<7>, micro_avx512<8>, micro_avx512<9>, micro_avx512<10>, micro_avx512<11>, micro_avx512<12>,
+       micro_avx512<13>, micro_avx512<14>, micro_avx512<15>, micro_avx512<16>});
 }
 AVX512 void dequantize_avx512(const Weight& w, int64_t first, int64_t last, float* out, int64_t columns) {
   dequantize_panels<16>(w, first, last, out, columns);
@@ -387,7 +391,8 @@ void prepare_one(const float* x, const Weight& w, float* padded, float* folded, 
 
 void prepare_many(const float* x, int64_t m, const Weight& w, float* sliced, Input& in) {
   for (int64_t k0 = 0; k0 < w.k; k0 += kSlice)
-    for (int64_t t = 0; t < m; ++t) std::copy_n(x + t * w.k + k0, std::min(kSlice, w.k - k0), sliced + k0 * m + t * kSlice);
+    for (int64_t t = 0; t < m; ++t)
+      std::copy_n(x + t * w.k + k0, std::min(kSlice, w.k - k0), sliced + k0 * m + t * kSlice);
   in = {sliced, m, kSlice};
 }
 

@@ -20,7 +20,7 @@
 namespace libortho {
 
 constexpr int64_t kRows = 16, kBlock = 8, kChunk = 4096, kSlice = 128;
-constexpr int64_t kPiece = 16;       // most blocks in a sum whose offset is taken out beforehand: longer ones lose digits
+constexpr int64_t kPiece = 16;  // most blocks in a sum whose offset is taken out beforehand: longer ones lose digits
 constexpr int64_t kMaxTokens = 128;  // more go through a library product
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -48,7 +48,7 @@ void repack(const uint8_t* packed, int64_t n, int64_t k, uint32_t* words);
 
 // What a product needs from its input beside x itself; made once a call, read by every thread.
 struct Input {
-  const float* x;      // m = 1 and int8: [m, k], a row every `stride`, padded to chunks; else [slices][m][kSlice]
+  const float* x;  // m = 1 and int8: [m, k], a row every `stride`, padded to chunks; else [slices][m][kSlice]
   int64_t m, stride;
   const float* folded = nullptr;  // x with each column divided by the weight of its nibble, padded to chunks; if m = 1
   const float* offset = nullptr;  // m = 1: −8 Σ x over each piece, at most kPiece blocks of a group
@@ -57,7 +57,8 @@ struct Input {
   const float* sums = nullptr;    // int8: [m][groups], −8 Σ step · bytes over each group
 };
 
-// For one token that is finite: fills `padded` and `folded`, zeros of chunks · kChunk, and `offset`, of pieces, and points `in` at them.
+// For one token that is finite: fills `padded` and `folded`, zeros of chunks · kChunk, and `offset`, of pieces, and
+// points `in` at them.
 void prepare_one(const float* x, const Weight& w, float* padded, float* folded, float* offset, Input& in);
 
 // For several tokens: fills `sliced`, [slices][m][kSlice] of which what lies beyond column k is not read.

@@ -47,11 +47,11 @@ def _compiler() -> list[str]:
     "The compiler's name and what `CXX` says besides; empty if there is none."
     return shlex.split(os.environ.get("CXX", "")) or list(filter(None, [shutil.which("g++") or shutil.which("clang++")]))
 
-# %% ../nbs/api/05a_build.ipynb #cf63ba31
+# %% ../nbs/api/05a_build.ipynb #8c88cae6
 def _nvcc() -> str:
     "NVIDIA's compiler; empty if there is none."
     home = os.environ.get("CUDA_HOME")
-    return shutil.which("nvcc") or (home and shutil.which("nvcc", path=str(Path(home) / "bin"))) or ""
+    return (home and shutil.which("nvcc", path=str(Path(home) / "bin"))) or shutil.which("nvcc") or ""
 
 # %% ../nbs/api/05a_build.ipynb #9cf9ae34
 def architecture() -> str:  # such as "sm_90"
@@ -108,18 +108,19 @@ def _check_private(folder: Path) -> None:
     if hasattr(os, "getuid") and (told.st_uid != os.getuid() or told.st_mode & 0o022):
         raise KernelError(f"{folder} may be written by others, so nothing is loaded from it; remove it")
 
-# %% ../nbs/api/05a_build.ipynb #1a1de4ab
+# %% ../nbs/api/05a_build.ipynb #b264c31f
 def build(
     arch: str = "",  # as for `compile_command`
 ) -> Path:  # the library
     "Compile a kernel into the user's cache, unless it is there. Raises KernelError with the compiler's words."
     out = cached_library(arch)
+    part = out.with_suffix(f".{os.getpid()}.part")
+    command = [] if out.exists() else compile_command(part, arch)
     out.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     _check_private(out.parent)
     with FileLock(out.parent / "lock"):
         if not out.exists():
-            part = out.with_suffix(f".{os.getpid()}.part")
-            done = _run(compile_command(part, arch))
+            done = _run(command)
             if done.returncode:
                 part.unlink(missing_ok=True)
                 raise KernelError(f"compiling the kernel failed:\n{done.stderr.strip()[-2000:]}")

@@ -31,12 +31,12 @@ def bytes_per_weight(
     "What the kernel reads for a weight."
     return 0.5 + 2 / group_size + 6 * density
 
-# %% ../nbs/api/05_kernel.ipynb #40918e8e
+# %% ../nbs/api/05_kernel.ipynb #3472f694
 @cache
 def _load() -> tuple[Path | None, str]:
     "Load the library; returns its path, or what went wrong."
-    path = prebuilt()
     try:
+        path = prebuilt()
         if path is None or not opens(path): torch.ops.load_library(path := build())
     except (KernelError, OSError) as e:
         return None, str(e)
@@ -44,10 +44,10 @@ def _load() -> tuple[Path | None, str]:
     library.register_fake("libortho::repack", _fake_repack)
     return path, ""
 
-# %% ../nbs/api/05_kernel.ipynb #9f178d86
+# %% ../nbs/api/05_kernel.ipynb #4fc359ee
 @cache
 def _load_cuda() -> str:
-    "Load the library for the current GPU; returns what went wrong, or nothing."
+    "Load the library for the GPUs here; returns what went wrong, or nothing."
     try:
         load()
         torch.ops.load_library(build(architecture()))
@@ -188,12 +188,12 @@ def reference(
 # %% ../nbs/api/05_kernel.ipynb #5710c989
 BACKENDS = ("auto", "cpu", "cuda", "reference")
 
-# %% ../nbs/api/05_kernel.ipynb #8297ccf5
+# %% ../nbs/api/05_kernel.ipynb #10a8623e
 @torch.compiler.assume_constant_result
 def backend(
     device: str = "cpu",  # kind of device the weight is on
 ) -> str:  # "cpu", "cuda" or "reference"
-    "What computes the product. Raises ValueError for an unknown LIBORTHO_BACKEND, KernelError where the one it names cannot be had."
+    "What computes the product. Raises ValueError for an unknown LIBORTHO_BACKEND, KernelError where it cannot be had."
     wish = os.environ.get("LIBORTHO_BACKEND") or "auto"
     if wish not in BACKENDS:
         raise ValueError(f"LIBORTHO_BACKEND must be one of {', '.join(BACKENDS)}, got {wish!r}")
@@ -276,13 +276,13 @@ def check_cuda() -> dict[str, float]:  # largest relative error by dtype
     names = {"float16": torch.float16, "bfloat16": torch.bfloat16}
     return _checked({f"CUDA, {name}": _error_of("cuda", dtype) for name, dtype in names.items()})
 
-# %% ../nbs/api/05_kernel.ipynb #11ccece4
+# %% ../nbs/api/05_kernel.ipynb #f1f61599
 def _error_of(device: str = "cpu", dtype: torch.dtype = torch.float32, int8: bool = False) -> float:
     "Largest relative error against float64, over numbers of tokens that go different ways."
     (base, compartment, gen), worst = _sample(device), 0.0
     panels, exact = repack(base), reconstruct(base, {"c": compartment}).double()
     stream = sparse(panels, deltas(base, {"c": compartment}), {"c": 1.0})
-    for tokens in (1, 7, 9, TOKENS) if int8 else (1, 7, 9, TOKENS, TOKENS + 1):
+    for tokens in (1, 7, 9, 64, TOKENS) if int8 else (1, 7, 9, 64, TOKENS, TOKENS + 1):
         x = torch.randn(tokens, base.width, generator=gen).to(device, dtype)
         right = x.double() @ exact.T
         error = ((dual_gemm(x, panels, stream, int8) - right).norm() / right.norm()).item()
@@ -317,10 +317,11 @@ def _told(test) -> str:
     try: return "right, relative errors " + ", ".join(f"{k} {v:.0e}" for k, v in test().items())
     except RuntimeError as e: return f"failed: {e}"
 
-# %% ../nbs/api/05_kernel.ipynb #ff26575c
+# %% ../nbs/api/05_kernel.ipynb #f13256e6
 def diagnosis() -> dict[str, str]:  # findings by what was looked at
-    "What runs the products on this machine, why, and whether it is right."
+    "What runs the products on this machine, why, and whether it is right. Raises as `backend` does."
     (path, reason), wish = _load(), os.environ.get("LIBORTHO_BACKEND") or "auto"
+    if wish == "cuda": load("cuda")
     found = {
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
         "processor": platform.machine() if reason else ISAS[torch.ops.libortho.limit_isa(-1)],

@@ -1,6 +1,7 @@
-// Runs a CUDA kernel on a CPU, to test its logic where there is no GPU: a thread for every thread of a block, blocks one
-// after the other, shared memory that all threads see, and background copies that are made at once or only when they are waited for, by lot.
-// The fragments of the tensor-core product are as the PTX ISA lays them out (mma.m16n8k16, "Matrix Fragments").
+// Runs a CUDA kernel on a CPU, to test its logic where there is no GPU: a thread for every thread of a block, blocks
+// one after the other, shared memory that all threads see, and background copies that are made at once or only when
+// they are waited for, by lot. The fragments of the tensor-core product are as the PTX ISA lays them out (mma.m16n8k16,
+// "Matrix Fragments").
 #pragma once
 #include <barrier>
 #include <cmath>
@@ -42,7 +43,7 @@ inline thread_local Index thread, block;
 inline thread_local Warp* warp;
 inline thread_local std::barrier<>* all;
 inline thread_local uint32_t lot = 1;
-inline thread_local std::vector<Copy> open;               // copies not committed yet
+inline thread_local std::vector<Copy> open;                // copies not committed yet
 inline thread_local std::deque<std::vector<Copy>> groups;  // committed, not made yet
 
 inline int lane() { return int(thread.x % kLanes); }
@@ -65,7 +66,7 @@ inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
 }  // namespace emulator
 
 #define threadIdx emulator::thread
-#define blockIdx emulator::block
+#define blockIdx  emulator::block
 
 inline void __syncthreads() { emulator::all->arrive_and_wait(); }
 inline void __syncwarp() { emulator::warp->barrier.arrive_and_wait(); }
@@ -89,7 +90,9 @@ struct Half {
   static uint32_t integers(uint32_t word) {
     return narrow(float(word & 15) - 8) | uint32_t(narrow(float(word >> 16 & 15) - 8)) << 16;
   }
-  static void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { emulator::mma(d, a, b0, b1, widen); }
+  static void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    emulator::mma(d, a, b0, b1, widen);
+  }
 };
 
 struct Bfloat16 {
@@ -107,7 +110,9 @@ struct Bfloat16 {
   static uint32_t integers(uint32_t word) {
     return narrow(float(word & 15) - 8) | uint32_t(narrow(float(word >> 16 & 15) - 8)) << 16;
   }
-  static void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { emulator::mma(d, a, b0, b1, widen); }
+  static void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    emulator::mma(d, a, b0, b1, widen);
+  }
 };
 
 inline void copy16(void* to, const void* from) {
@@ -119,8 +124,7 @@ inline void commit() { emulator::groups.push_back(std::move(emulator::open)), em
 template <int Pending>
 void wait() {
   for (; emulator::groups.size() > Pending; emulator::groups.pop_front())
-    for (const auto& c : emulator::groups.front())
-      *static_cast<uint4*>(c.to) = *static_cast<const uint4*>(c.from);
+    for (const auto& c : emulator::groups.front()) *static_cast<uint4*>(c.to) = *static_cast<const uint4*>(c.from);
 }
 inline float from_lane(float v, int distance) {
   auto& w = *emulator::warp;
@@ -139,7 +143,8 @@ int launch(void (*kernel)(A...), unsigned blocks, unsigned threads, void*, B... 
   std::vector<std::thread> running;
   for (unsigned t = 0; t < threads; ++t)
     running.emplace_back([&, t] {
-      emulator::thread = {t}, emulator::lot = t * 2654435761u + blocks, emulator::warp = warps[t / emulator::kLanes].get(), emulator::all = &all;
+      emulator::thread = {t}, emulator::lot = t * 2654435761u + blocks,
+      emulator::warp = warps[t / emulator::kLanes].get(), emulator::all = &all;
       for (unsigned b = 0; b < blocks; ++b) {
         emulator::block = {b}, emulator::groups.clear(), emulator::open.clear();
         kernel(args...);

@@ -1,4 +1,5 @@
-// The CUDA operators over the emulator, for tensors on the CPU: so that Python can hold its side of the layout against them.
+// The CUDA operators over the emulator, for tensors on the CPU: so that Python can hold its side of the layout against
+// them.
 #include <ATen/ATen.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
@@ -14,6 +15,8 @@
 
 TORCH_LIBRARY(libortho_emulated, m) {
   m.def("repack(Tensor packed, Tensor scales, int k) -> (Tensor, Tensor)", &libortho::cuda::repack_cuda);
-  m.def("dual_gemm(Tensor x, Tensor words, Tensor scales, Tensor starts, Tensor places, Tensor values, "
-        "int n, int k, bool int8=False) -> Tensor", &libortho::cuda::dual_gemm_cuda);
+  m.def(
+      "dual_gemm(Tensor x, Tensor words, Tensor scales, Tensor starts, Tensor places, Tensor values, "
+      "int n, int k, bool int8=False) -> Tensor",
+      &libortho::cuda::dual_gemm_cuda);
 }

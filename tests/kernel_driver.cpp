@@ -14,7 +14,9 @@ using namespace libortho;
 
 // Arrays of exactly this size on the heap; a vector may hold more.
 template <class T>
-std::unique_ptr<T[]> array(int64_t size) { return std::unique_ptr<T[]>(new T[size]()); }
+std::unique_ptr<T[]> array(int64_t size) {
+  return std::unique_ptr<T[]>(new T[size]());
+}
 
 int main() {
   const unsigned seed = std::random_device{}();
@@ -98,8 +100,8 @@ int main() {
         }
       const double error = std::sqrt(difference / norm);
       if (!(error <= 1e-5 && std::sqrt(rounding / norm) <= 5e-2)) {
-        std::printf("seed %u, isa %d, n %ld, k %ld, group %ld, m %ld: relative errors %g and %g\n", seed, isa, long(n), long(k), long(size), long(m),
-                    error, std::sqrt(rounding / norm));
+        std::printf("seed %u, isa %d, n %ld, k %ld, group %ld, m %ld: relative errors %g and %g\n", seed, isa, long(n),
+                    long(k), long(size), long(m), error, std::sqrt(rounding / norm));
         return 1;
       }
       worst = std::max(worst, error), ++cases;

@@ -162,8 +162,8 @@ def test_int8_with_one_scale_a_row():
 
 @pytest.mark.parametrize("m", [1, 2])
 def test_infinities_are_the_references(m):
-    base, _ = weight(32, 64, 64)
-    x = torch.randn(m, 64)
+    base, _ = weight(32, 192, 64)  # more than a slice
+    x = torch.randn(m, 192)
     x[0, 5] = float("inf")
     y, right = product_of(x, base, {}, {}), reference(x, base, {})
     assert torch.equal(y.isinf(), right.isinf()) and torch.equal(y[right.isinf()], right[right.isinf()])
@@ -298,7 +298,7 @@ def test_a_compiled_model_has_no_graph_break():
 @pytest.mark.parametrize("dtype", BOUND)
 def test_a_layer_takes_the_kernel_and_says_so(dtype, monkeypatch):
     layer = OrthoLinear.from_linear(torch.nn.Linear(64, 48, dtype=dtype), lo.OrthoConfig(density=0.05))
-    few, many = torch.randn(2, 3, 64, dtype=dtype), torch.randn(100, 64, dtype=dtype)
+    few, many = torch.randn(2, 3, 64, dtype=dtype), torch.randn(200, 64, dtype=dtype)
     assert layer.takes_kernel(few) and not layer.takes_kernel(many)
     assert not layer.takes_kernel(few.clone().requires_grad_())
     with torch.no_grad():
