@@ -135,8 +135,9 @@ def test_without_a_gpu_the_wish_for_one_is_an_error_there_only(monkeypatch):
     assert kernel.backend("cuda") == "reference"
     monkeypatch.setenv("LIBORTHO_BACKEND", "cuda")
     assert kernel.backend("cpu") in ("cpu", "reference")
-    with pytest.raises(KernelError, match="torch sees no CUDA device"):
-        kernel.backend("cuda")
+    for asked in (lambda: kernel.backend("cuda"), kernel.diagnosis):
+        with pytest.raises(KernelError, match="torch sees no CUDA device"):
+            asked()
 
 
 def on_gpu(base, compartments):
