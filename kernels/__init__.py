@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 
 SOURCES = {"cpu": ("bindings.cpp", "dual_gemm_cpu.cpp"), "cuda": ("bindings_cuda.cpp", "dual_gemm.cu")}
-HEADERS = {"cpu": ("panels.h",), "cuda": ("dual_gemm_cuda.h", "warp.cuh")}
+HEADERS = {"cpu": ("operators.h", "panels.h"), "cuda": ("operators.h", "dual_gemm_cuda.h", "warp.cuh")}
 FLAGS = {"cpu": ("-fopenmp", "-Wno-psabi"), "cuda": ()}
 LIBRARIES = ("c10", "torch_cpu", "torch")
 

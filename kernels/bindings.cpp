@@ -1,4 +1,5 @@
 // The operators of the dual-stream product for torch: checks, threads, and what the kernels need beside their input.
+#include "operators.h"
 #include "panels.h"
 
 #include <ATen/ATen.h>
@@ -29,34 +30,19 @@ int64_t limit_isa(int64_t limit) {
 }
 
 void check(const Tensor& t, const char* name, at::ScalarType dtype, at::IntArrayRef sizes) {
-  TORCH_CHECK_TYPE(t.scalar_type() == dtype, name, " must be ", dtype, ", got ", t.scalar_type());
-  TORCH_CHECK_VALUE(t.device().is_cpu(), name, " must be on the CPU, got ", t.device());
-  TORCH_CHECK_VALUE(t.sizes() == sizes, name, " must have shape ", sizes, ", got ", t.sizes());
-  TORCH_CHECK_VALUE(t.is_contiguous(), name, " must be contiguous; call .contiguous() on it");
-}
-
-int64_t group_of(int64_t groups, int64_t k) {
-  TORCH_CHECK_VALUE(groups > 0 && k % groups == 0, "k = ", k, " columns do not divide into ", groups,
-                    " groups of scales");
-  TORCH_CHECK_VALUE(groups == 1 || k / groups % kBlock == 0, "groups of ", k / groups, " columns; the kernel takes ",
-                    "multiples of ", kBlock, ", or one group a row");
-  return k / groups;
+  libortho::check(t, name, dtype, sizes, at::kCPU);
 }
 
 std::tuple<Tensor, Tensor> repack_cpu(const Tensor& packed, const Tensor& scales, int64_t k) {
   TORCH_CHECK_VALUE(packed.dim() == 2 && k > 0, "packed must be [n, ceil(k / 2)] with k > 0, got ", packed.sizes());
   TORCH_CHECK_VALUE(scales.dim() == 2, "scales must be [n, groups] or [1, 1], got ", scales.sizes());
-  const int64_t n = packed.size(0), panels = ceil_div(n, kRows), groups = scales.size(1);
+  const int64_t n = packed.size(0);
   check(packed, "packed", at::kByte, {n, ceil_div(k, 2)});
-  TORCH_CHECK_VALUE(scales.size(0) == n || scales.numel() == 1, "scales must be [", n, ", groups] or [1, 1], got ",
-                    scales.sizes());
-  check(scales, "scales", at::kBFloat16, scales.sizes());
-  group_of(groups, k);
-  Tensor words = at::empty({panels, ceil_div(k, kBlock), kRows}, packed.options().dtype(at::kInt));
+  const Tensor rows = scales_in_panels(scales, n, kRows, at::kCPU);
+  group_of(scales.size(1), k, kBlock);
+  Tensor words = at::empty({ceil_div(n, kRows), ceil_div(k, kBlock), kRows}, packed.options().dtype(at::kInt));
   repack(packed.const_data_ptr<uint8_t>(), n, k, reinterpret_cast<uint32_t*>(words.mutable_data_ptr<int32_t>()));
-  Tensor rows = at::zeros({panels * kRows, groups}, scales.options());
-  rows.narrow(0, 0, n).copy_(scales.expand({n, groups}));
-  return {words, rows.view({panels, kRows, groups}).transpose(1, 2).contiguous()};
+  return {words, rows};
 }
 
 // All tensors of a weight, checked so that no value in them can lead the kernels out of bounds.
@@ -64,7 +50,7 @@ Weight weight_of(const Tensor& words, const Tensor& scales, const Tensor& starts
                  const Tensor& values, int64_t n, int64_t k) {
   TORCH_CHECK_VALUE(n > 0 && k > 0, "n and k must be above 0, got ", n, " and ", k);
   TORCH_CHECK_VALUE(scales.dim() == 3, "scales must be [panels, groups, 16], got ", scales.sizes());
-  Weight w{.n = n, .k = k, .group = group_of(scales.size(1), k)};
+  Weight w{.n = n, .k = k, .group = group_of(scales.size(1), k, kBlock)};
   check(words, "words", at::kInt, {w.panels(), w.blocks(), kRows});
   check(scales, "scales", at::kBFloat16, {w.panels(), w.groups(), kRows});
   w.words = reinterpret_cast<const uint32_t*>(words.const_data_ptr<int32_t>());
@@ -92,7 +78,8 @@ std::vector<int64_t> split(const Weight& w, int64_t threads) {
     int64_t low = begin.back(), high = panels;
     while (low < high) {
       const int64_t middle = (low + high) / 2;
-      before(middle) * threads < before(panels)* t ? low = middle + 1 : high = middle;
+      if (before(middle) * threads < before(panels) * t) low = middle + 1;
+      else high = middle;
     }
     begin.push_back(low);
   }

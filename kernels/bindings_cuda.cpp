@@ -1,5 +1,6 @@
 // The CUDA operators for torch: checks, the device and its current stream. It needs no CUDA header.
 #include "dual_gemm_cuda.h"
+#include "operators.h"
 
 #include <ATen/ATen.h>
 #include <c10/core/DeviceGuard.h>
@@ -18,10 +19,7 @@ using at::Tensor;
 constexpr int64_t kMost = std::numeric_limits<int>::max() - 64;  // sums of indices stay within 32 bits
 
 void check(const Tensor& t, const char* name, at::ScalarType dtype, at::IntArrayRef sizes, at::Device device) {
-  TORCH_CHECK_TYPE(t.scalar_type() == dtype, name, " must be ", dtype, ", got ", t.scalar_type());
-  TORCH_CHECK_VALUE(t.device() == device, name, " must be on ", device, ", got ", t.device());
-  TORCH_CHECK_VALUE(t.sizes() == sizes, name, " must have shape ", sizes, ", got ", t.sizes());
-  TORCH_CHECK_VALUE(t.is_contiguous(), name, " must be contiguous; call .contiguous() on it");
+  libortho::check(t, name, dtype, sizes, device);
   TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0, name,
                     " must begin at a multiple of 16 bytes; ", "call .clone() on it");
 }
@@ -36,29 +34,21 @@ void must(int error) { TORCH_CHECK(!error, "the CUDA kernel could not be started
 int group_of(int64_t groups, int64_t n, int64_t k) {
   TORCH_CHECK_VALUE(n > 0 && n < kMost && k > 0 && k <= kMaxColumns, "the kernel takes up to ", kMaxColumns,
                     " columns, got a weight of [", n, ", ", k, "]");
-  TORCH_CHECK_VALUE(groups > 0 && k % groups == 0, "k = ", k, " columns do not divide into ", groups,
-                    " groups of scales");
-  TORCH_CHECK_VALUE(groups == 1 || k / groups % kGroup == 0, "groups of ", k / groups, " columns; the kernel takes ",
-                    "multiples of ", kGroup, ", or one group a row");
-  return int(k / groups);
+  return int(libortho::group_of(groups, k, kGroup));
 }
 
 std::tuple<Tensor, Tensor> repack_cuda(const Tensor& packed, const Tensor& scales, int64_t k) {
   const c10::DeviceGuard guard(packed.device());
   TORCH_CHECK_VALUE(packed.dim() == 2, "packed must be [n, ceil(k / 2)], got ", packed.sizes());
   TORCH_CHECK_VALUE(scales.dim() == 2, "scales must be [n, groups] or [1, 1], got ", scales.sizes());
-  const int64_t n = packed.size(0), panels = ceil_div(n, kRows), groups = scales.size(1);
-  group_of(groups, n, k);
+  const int64_t n = packed.size(0);
+  group_of(scales.size(1), n, k);
   check(packed, "packed", at::kByte, {n, ceil_div(k, 2)}, packed.device());
-  TORCH_CHECK_VALUE(scales.size(0) == n || scales.numel() == 1, "scales must be [", n, ", groups] or [1, 1], got ",
-                    scales.sizes());
-  check(scales, "scales", at::kBFloat16, scales.sizes(), packed.device());
-  Tensor words = at::empty({panels, ceil_div(k, kBlock), kLanes, 4}, packed.options().dtype(at::kInt));
+  const Tensor rows = scales_in_panels(scales, n, kRows, packed.device());
+  Tensor words = at::empty({ceil_div(n, kRows), ceil_div(k, kBlock), kLanes, 4}, packed.options().dtype(at::kInt));
   must(repack(packed.const_data_ptr<uint8_t>(), int(n), int(k),
               reinterpret_cast<uint32_t*>(words.mutable_data_ptr<int32_t>()), stream_of(packed)));
-  Tensor rows = at::zeros({panels * kRows, groups}, scales.options());
-  rows.narrow(0, 0, n).copy_(scales.expand({n, groups}));
-  return {words, rows.view({panels, kRows, groups}).transpose(1, 2).contiguous()};
+  return {words, rows};
 }
 
 // Shapes and types are checked here; places are checked by the kernels themselves, as reading them here would wait.

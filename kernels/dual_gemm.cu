@@ -30,6 +30,15 @@ __device__ Eight eight(const uint16_t* row, int column, int k, bool aligned) {
   return e;
 }
 
+__device__ const uint32_t* words_of(const Weight& w, int panel, int block, int lane) {
+  return w.words + ((int64_t(panel) * w.blocks() + block) * kLanes + lane) * 4;
+}
+
+// Of the rows of a panel, in the group of a column; one beyond the last belongs to the last.
+__device__ const uint16_t* scales_of(const Weight& w, int panel, int column) {
+  return w.scales + (int64_t(panel) * w.groups() + min(column / w.group, w.groups() - 1)) * kRows;
+}
+
 // The words and scales of `P` panels in one block of columns, as they lie in shared memory.
 template <int P>
 struct alignas(16) Slice {
@@ -40,13 +49,10 @@ struct alignas(16) Slice {
 template <int P>
 __device__ void fetch(Slice<P>& slice, const Weight& w, int panel, int block, int lane) {
   for (int p = 0; p < P; ++p)
-    if (panel + p < w.panels())
-      copy16(&slice.words[p][lane], w.words + ((int64_t(panel + p) * w.blocks() + block) * kLanes + lane) * 4);
+    if (panel + p < w.panels()) copy16(&slice.words[p][lane], words_of(w, panel + p, block, lane));
   const int p = lane / 4, half = lane / 2 % 2, part = lane % 2 * 8;
   if (p >= P || panel + p >= w.panels()) return;
-  const int last = w.groups() - 1, group = (block * kBlock + half * kGroup) / w.group;
-  const int64_t at = int64_t(panel + p) * w.groups() + (group < last ? group : last);
-  copy16(&slice.scales[p][half][part], w.scales + at * kRows + part);
+  copy16(&slice.scales[p][half][part], scales_of(w, panel + p, block * kBlock + half * kGroup) + part);
 }
 
 // d += integers · x over 32 columns, for one panel and 8 tokens.
@@ -165,10 +171,9 @@ __global__ void __launch_bounds__(kThreads)
 __device__ float weight_at(const Weight& w, int row, int column) {
   const int panel = row / kRows, block = column / kBlock, inner = column % kBlock;
   const int lane = row % 8 * 4 + inner % kGroup / 8, word = inner / kGroup * 2 + inner / 4 % 2;
-  const int bit = 4 * (row % kRows / 8 + inner % 4 / 2 * 2) + 16 * (inner % 2), last = w.groups() - 1;
-  const uint32_t bits = w.words[((int64_t(panel) * w.blocks() + block) * kLanes + lane) * 4 + word] >> bit;
-  const int64_t scale = (int64_t(panel) * w.groups() + min(column / w.group, last)) * kRows + row % kRows;
-  return (int(bits & 15) - 8) * Bfloat16::widen(w.scales[scale]);
+  const int bit = 4 * (row % kRows / 8 + inner % 4 / 2 * 2) + 16 * (inner % 2);
+  const int integer = int(words_of(w, panel, block, lane)[word] >> bit & 15) - 8;
+  return integer * Bfloat16::widen(scales_of(w, panel, column)[row % kRows]);
 }
 
 template <class T>

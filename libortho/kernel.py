@@ -269,12 +269,11 @@ def check() -> dict[str, float]:  # largest relative error by instruction set, a
         limit(before)
     return _checked(worst)
 
-# %% ../nbs/api/05_kernel.ipynb #c2b7e534
+# %% ../nbs/api/05_kernel.ipynb #aa754924
 def check_cuda() -> dict[str, float]:  # largest relative error by dtype
     "The same for the kernel on the current GPU."
     load("cuda")
-    names = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-    return _checked({f"CUDA, {name}": _error_of("cuda", dtype) for name, dtype in names.items()})
+    return _checked({f"CUDA, {dtype}".replace("torch.", ""): _error_of("cuda", dtype) for dtype in _DTYPES["cuda"]})
 
 # %% ../nbs/api/05_kernel.ipynb #f1f61599
 def _error_of(device: str = "cpu", dtype: torch.dtype = torch.float32, int8: bool = False) -> float:

@@ -75,7 +75,18 @@ inline int max(int a, int b) { return a > b ? a : b; }
 
 namespace libortho::cuda {
 
-struct Half {
+// What follows from a format's `widen` and `narrow`.
+template <class T>
+struct Format {
+  static uint32_t integers(uint32_t word) {
+    return T::narrow(float(word & 15) - 8) | uint32_t(T::narrow(float(word >> 16 & 15) - 8)) << 16;
+  }
+  static void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    emulator::mma(d, a, b0, b1, T::widen);
+  }
+};
+
+struct Half : Format<Half> {
   static float widen(uint16_t v) {
     _Float16 f;
     std::memcpy(&f, &v, 2);
@@ -87,15 +98,9 @@ struct Half {
     std::memcpy(&bits, &f, 2);
     return bits;
   }
-  static uint32_t integers(uint32_t word) {
-    return narrow(float(word & 15) - 8) | uint32_t(narrow(float(word >> 16 & 15) - 8)) << 16;
-  }
-  static void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    emulator::mma(d, a, b0, b1, widen);
-  }
 };
 
-struct Bfloat16 {
+struct Bfloat16 : Format<Bfloat16> {
   static float widen(uint16_t v) {
     const uint32_t bits = uint32_t(v) << 16;
     float f;
@@ -106,12 +111,6 @@ struct Bfloat16 {
     uint32_t bits;
     std::memcpy(&bits, &v, 4);
     return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-  }
-  static uint32_t integers(uint32_t word) {
-    return narrow(float(word & 15) - 8) | uint32_t(narrow(float(word >> 16 & 15) - 8)) << 16;
-  }
-  static void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    emulator::mma(d, a, b0, b1, widen);
   }
 };
 

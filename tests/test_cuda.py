@@ -1,15 +1,12 @@
 """The CUDA kernel where there is no GPU: run by an emulator, compiled by nvcc; and on a GPU where there is one."""
 
-import os
 import re
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from test_kernel import BOUND, error, weight
+from test_kernel import BOUND, error, needs_kernel, run, weight
 
 from libortho import build, kernel
 from libortho.build import KernelError
@@ -18,20 +15,12 @@ from libortho.linear import OrthoLinear
 from libortho.streams import Base, OrthoConfig
 
 HERE = Path(__file__).parent
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 needs_nvcc = pytest.mark.skipif(not build._nvcc(), reason="no nvcc")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available() or not build._nvcc(), reason="no GPU, or no nvcc")
 SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 
 
-def run(*command, **env):
-    "What a command printed; a barrier that not all threads reach would hang the emulator, so time is limited."
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=600, env=os.environ | env)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout + done.stderr
-
-
-@needs_compiler
+@needs_kernel
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
 def test_emulated_on_every_kind_of_shape_without_a_wild_access_or_a_race(sanitizer, tmp_path):
     flags = ["-std=c++20", "-O1", "-g", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", f"-I{build.sources()}"]
@@ -56,7 +45,7 @@ def product(ops, x, base, compartments, alpha):
     return ops.dual_gemm(x, panels.words, panels.scales, s.starts, s.places, s.values, panels.n, panels.k)
 
 
-@needs_compiler
+@needs_kernel
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS)
 @pytest.mark.parametrize("n, k, group", [(33, 128, 64), (20, 96, 32), (17, 70, 0), (40, 256, 128)])
 def test_emulated_operators_take_what_python_lays_out(emulated, dtype, n, k, group):
@@ -68,7 +57,7 @@ def test_emulated_operators_take_what_python_lays_out(emulated, dtype, n, k, gro
             assert y.dtype == dtype and error(y, x, base, compartments, alpha) <= BOUND[dtype]
 
 
-@needs_compiler
+@needs_kernel
 def test_emulated_product_is_the_same_each_time(emulated):
     base, compartments = weight(40, 512, 64, [0.2])
     x, alpha = torch.randn(9, 512, dtype=torch.float16), {"c0": 1.0}
@@ -76,7 +65,7 @@ def test_emulated_product_is_the_same_each_time(emulated):
     assert all(torch.equal(product(emulated, x, base, compartments, alpha), first) for _ in range(3))
 
 
-@needs_compiler
+@needs_kernel
 def test_emulated_operators_refuse_bad_input(emulated):
     base, _ = weight(20, 64, 64)
     words, scales = emulated.repack(base.packed, base.scales, 64)
