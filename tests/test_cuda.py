@@ -1,6 +1,7 @@
 """The CUDA kernel where there is no GPU: run by an emulator, compiled by nvcc; and on a GPU where there is one."""
 
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from libortho.streams import Base, OrthoConfig
 HERE = Path(__file__).parent
 needs_nvcc = pytest.mark.skipif(not build._nvcc(), reason="no nvcc")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available() or not build._nvcc(), reason="no GPU, or no nvcc")
+SANITIZER = shutil.which("compute-sanitizer", path=str(Path(build._nvcc()).parent)) or shutil.which("compute-sanitizer")
 SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 
 
@@ -182,3 +184,12 @@ def test_on_a_gpu_a_graph_captures_a_layer(monkeypatch):
         y.zero_()
         graph.replay()
     assert layer.takes_kernel(x) and torch.equal(y, right)
+
+
+@pytest.mark.cuda
+@needs_gpu
+@pytest.mark.skipif(not SANITIZER, reason="no compute-sanitizer")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
+def test_on_a_gpu_the_sanitizer_finds_nothing(tool):
+    code = "from libortho import kernel; print(kernel.check_cuda())"
+    assert "{" in run(SANITIZER, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code)
