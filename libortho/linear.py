@@ -23,7 +23,7 @@ from .kernel import TOKENS, Product, takes, why_not
 from .lattice import lies_on_lattice
 from .streams import Base, Compartment, OrthoConfig, Streams, check_alpha, reconstruct, split
 
-# %% ../nbs/api/06_linear.ipynb #35813b37
+# %% ../nbs/api/06_linear.ipynb #7ce6b3d0
 class OrthoLinear(nn.Module):
     "A linear layer whose weight is `W_base + Σ α_c W_ortho[c]`."
 
@@ -40,14 +40,11 @@ class OrthoLinear(nn.Module):
         self.register_buffer("packed", streams.base.packed)
         self.register_buffer("scales", streams.base.scales)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
-        self._alphas = dict.fromkeys(streams.compartments, 1.0)
-        for i, c in enumerate(streams.compartments.values()):
-            for key in ("crow", "col", "values"):
-                self.register_buffer(f"{key}_{i}", getattr(c, key))
         values = [c.values for c in streams.compartments.values()]
-        self.register_buffer("_like", torch.empty(0, dtype=dtype or (values[0].dtype if values else torch.float32)))
-        self._original, self._bypass = None, False
-        self._derive()
+        like = torch.empty(0, dtype=dtype or (values[0].dtype if values else torch.float32), device=self.packed.device)
+        self.register_buffer("_like", like, persistent=False)
+        self._original, self._bypass, self._alphas = None, False, {}
+        self.put_compartments(streams.compartments)
         self.int8 = False  # set it to let the CPU kernel round activations to 8 bits: faster for wide layers, less exact
 
     @classmethod
@@ -75,6 +72,19 @@ class OrthoLinear(nn.Module):
             name: Compartment(*(getattr(self, f"{key}_{i}") for key in ("crow", "col", "values")), self.in_features)
             for i, name in enumerate(self._alphas)
         }
+
+    def put_compartments(
+        self,
+        compartments: dict[str, Compartment],  # by name, on the layer's device; all that the layer will have
+        alphas: dict[str, float] | None = None,  # where the switches stand; those not named are on
+    ) -> None:
+        "Replace all sparse streams, in the order in which they are added."
+        for i in range(len(self._alphas)):
+            for key in ("crow", "col", "values"): delattr(self, f"{key}_{i}")
+        self._alphas = {name: check_alpha((alphas or {}).get(name, 1.0), f"alpha of {name!r}") for name in compartments}
+        for i, c in enumerate(compartments.values()):
+            for key in ("crow", "col", "values"): self.register_buffer(f"{key}_{i}", getattr(c, key))
+        self._derive()
 
     @property
     def alphas(self) -> dict[str, float]:
@@ -260,6 +270,7 @@ def patch(
     cfg: OrthoConfig = OrthoConfig(),  # how, and which layers (`cfg.targets`)
     h: dict[str, Tensor] | None = None,  # XᵀX [in, in] or its diagonal [in] by layer name, see `streams.split`
     keep_dense: bool = True,  # let layers keep their rebuilt weight between calls
+    keep_original: bool = True,  # keep the original layers, for `unpatch` and `original`; else their memory is free
     progress: bool = False,  # show a progress bar
 ) -> PatchReport:  # counts by layer
     "Replace the linear layers that the config names by `OrthoLinear`. On any error the model is as it was."
@@ -272,15 +283,16 @@ def patch(
             continue
         if id(linear.weight) not in streams:
             streams[id(linear.weight)] = split(linear.weight, cfg, name, (h or {}).get(name))
-        new[id(linear)] = _stand_in(linear, streams[id(linear.weight)], keep_dense)
+        new[id(linear)] = _stand_in(linear, streams[id(linear.weight)], keep_dense, keep_original)
     _warn_if_on_lattice(linears)
     _put_all(model, {name: new[id(linear)] for name, linear in linears.items()})
+    model.ortho_config = cfg
     return PatchReport(cfg, {n: streams[id(m.weight)].stats for n, m in linears.items()})
 
-# %% ../nbs/api/06_linear.ipynb #93cdd26a
-def _stand_in(linear: nn.Linear, streams: Streams, keep_dense: bool) -> OrthoLinear:
+# %% ../nbs/api/06_linear.ipynb #814dbcc7
+def _stand_in(linear: nn.Linear, streams: Streams, keep_dense: bool, keep_original: bool) -> OrthoLinear:
     layer = OrthoLinear(streams, linear.bias, keep_dense, linear.weight.dtype).train(linear.training)
-    layer._original = [linear]  # in a list, so that it is not a submodule
+    if keep_original: layer._original = [linear]  # in a list, so that it is not a submodule
     return layer
 
 # %% ../nbs/api/06_linear.ipynb #9b32817c
@@ -321,7 +333,7 @@ def ortho_layers(
         raise ValueError("model has no split layers; call patch(model, cfg) first")
     return layers
 
-# %% ../nbs/api/06_linear.ipynb #af08cd38
+# %% ../nbs/api/06_linear.ipynb #4c2153dd
 def unpatch(
     model: nn.Module,  # a patched model, changed in place
 ) -> None:
@@ -332,9 +344,11 @@ def unpatch(
     lost = [n for n, m in layers.items() if m._original is None]
     if lost:
         raise ValueError(
-            f"{lost[0]!r} was not made by patch, so there is no original to put back; build the model anew"
+            f"the original of {lost[0]!r} was not kept (keep_original=True keeps it), "
+            "so there is nothing to put back; build the model anew"
         )
     _put_all(model, {n: m._original[0].to(m.packed.device, m.dtype) for n, m in layers.items()})
+    vars(model).pop("ortho_config", None)
 
 # %% ../nbs/api/06_linear.ipynb #591338cc
 def set_alpha(

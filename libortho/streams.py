@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['OrthoConfig', 'Base', 'Compartment', 'compress', 'check_alpha', 'Streams', 'reconstruct', 'split']
 
-# %% ../nbs/api/04_streams.ipynb #4ee1e6a6
+# %% ../nbs/api/04_streams.ipynb #b08766ba
 import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ from libortho.lattice import (
 from .noise import NOISES, attack
 from .sieve import SIEVES, keep_top, resolve_density
 
-# %% ../nbs/api/04_streams.ipynb #28b7df82
+# %% ../nbs/api/04_streams.ipynb #40d35fa4
 @dataclass(frozen=True)
 class OrthoConfig:
     "How to split a weight. Raises ValueError, naming the field, for a value that cannot work."
@@ -52,6 +53,7 @@ class OrthoConfig:
         "all-linear"  # layers to split when a model is patched: "all-linear" or name patterns
     )
     seed: int = 0  # seed of the noise
+    quant_method: ClassVar[str] = "libortho"  # what transformers calls it
 
     def __post_init__(self):
         if self.density is None and self.sparsity is None:
@@ -60,9 +62,13 @@ class OrthoConfig:
             object.__setattr__(self, "targets", tuple(self.targets))
         _check_config(self)
 
+    def to_dict(self) -> dict:
+        "The fields by name."
+        return asdict(self)
+
     def to_json(self) -> str:
         "The config as JSON text."
-        return json.dumps(asdict(self))
+        return json.dumps(self.to_dict())
 
     @classmethod
     def from_json(

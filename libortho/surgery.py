@@ -142,7 +142,7 @@ _ALLOWED = {
     "memory_gb": "above 0",
 }
 
-# %% ../nbs/api/09b_surgery.ipynb #8fa079f9
+# %% ../nbs/api/09b_surgery.ipynb #3c9d3369
 def decompose(
     model: nn.Module,  # causal language model; patched in place at the very end, or on any error left as it was
     tok,  # tokenizer
@@ -154,6 +154,7 @@ def decompose(
     callback: Callable[[Round], None] | None = None,  # called after every round; what it raises ends the work
     seed: int | None = None,  # seed of random noise modes; the config's if not given
     keep_dense: bool = True,  # let layers keep their rebuilt weight between calls
+    keep_original: bool = True,  # keep the original layers, for `unpatch` and `original`; else their memory is free
     progress: bool = True,  # show progress bars
     **options,  # fields of `Operation`: repair, budget, threshold, control, objective, …
 ) -> SurgeryReport:
@@ -182,7 +183,8 @@ def decompose(
         model.train(was_training)
     streams = _assemble(patient, moves, cfg, secrets)
     report.layers = {n: streams[n].stats for n in streams}
-    _close(model, named, linears, streams, keep_dense)
+    _close(model, named, linears, streams, (keep_dense, keep_original))
+    model.ortho_config = cfg
     return report
 
 # %% ../nbs/api/09b_surgery.ipynb #05819b5e
@@ -392,12 +394,12 @@ def _move(step: Step, layer: int, p: Tensor, v: Tensor, top: int) -> tuple[Tenso
     mask.view(-1)[at], direction.view(-1)[at] = True, step.direction[here].to(p.device)
     return mask, noise_counter_memory(p, mask, v, top, direction=direction)
 
-# %% ../nbs/api/09b_surgery.ipynb #8b8a2ed4
-def _close(model: nn.Module, named: dict, linears: dict, streams: dict[str, Streams], keep_dense: bool) -> None:
+# %% ../nbs/api/09b_surgery.ipynb #12347e5d
+def _close(model: nn.Module, named: dict, linears: dict, streams: dict[str, Streams], keep: tuple) -> None:
     "Put split layers into the model, all or none."
     _warn_if_on_lattice(linears)
     by_weight = {id(m.weight): streams[n] for n, m in linears.items()}
     new = {}
     for m in named.values():
-        if id(m) not in new: new[id(m)] = _stand_in(m, by_weight[id(m.weight)], keep_dense)
+        if id(m) not in new: new[id(m)] = _stand_in(m, by_weight[id(m.weight)], *keep)
     _put_all(model, {n: new[id(m)] for n, m in named.items()})

@@ -1,5 +1,7 @@
 import copy
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import libortho as lo
-from libortho.linear import OrthoLinear, find_linears, fingerprint, ortho_layers
+from libortho.linear import OrthoLinear, find_linears, fingerprint, original, ortho_layers
 
 CFG = lo.OrthoConfig(group_size=16, density=0.1, noise="tri_state")
 
@@ -66,6 +68,17 @@ def test_density_one_is_the_original():
     x = torch.randn(5, 32)
     assert torch.equal(layer.weight, linear.weight)
     torch.testing.assert_close(layer(x), linear(x))  # the kernel sums in another order
+
+
+def test_the_original_layers_can_be_let_go(tiny):
+    weights = [weakref.ref(m.weight) for m in find_linears(tiny).values()]
+    lo.patch(tiny, CFG, keep_original=False)
+    gc.collect()
+    assert all(w() is None for w in weights)
+    with pytest.raises(ValueError, match="was not kept .keep_original=True keeps it.*build the model anew"):
+        lo.unpatch(tiny)
+    with pytest.raises(ValueError, match="the original layers were not kept"), original(tiny):
+        pass
 
 
 def test_keep_dense_changes_nothing_but_memory(monkeypatch):
