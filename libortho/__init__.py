@@ -8,14 +8,15 @@ __all__ = ['CANARIES', 'canaries', 'load_model', 'load_tofu', 'prose', 'retain_f
            'original', 'patch', 'set_alpha', 'unpatch', 'ImplantError', 'exact_memorisation', 'extraction_strength',
            'greedy_extraction', 'implant', 'perplexity', 'score_secrets', 'secret_perplexity', 'Base', 'Compartment',
            'OrthoConfig', 'Streams', 'split', 'draw_canaries', 'SURGERY', 'SurgeryReport', 'control_scores',
-           'decompose']
+           'decompose', 'export_base', 'save', 'unlock']
 
 # %% ../nbs/api/16_public.ipynb #34c139c9
 __version__ = "0.1.0"
 
-# %% ../nbs/api/16_public.ipynb #c730b919
+# %% ../nbs/api/16_public.ipynb #8fadbc3c
 from .data import CANARIES, canaries, draw_canaries, load_model, load_tofu, prose, retain_facts
 from .evaluate import Comparison, Measures, Result, Verdict, compare, evaluate, measure, tofu, tofu_configs
+from .hub import export_base, register, save, unlock
 from .linear import OrthoLinear, alpha, compartments, original, patch, set_alpha, unpatch
 from libortho.memory import (
     ImplantError,
@@ -31,7 +32,7 @@ from .patient import SURGERY
 from .streams import Base, Compartment, OrthoConfig, Streams, split
 from .surgery import SurgeryReport, control_scores, decompose
 
-# %% ../nbs/api/16_public.ipynb #8c142af6
+# %% ../nbs/api/16_public.ipynb #244843e1
 _all_ = [
     "CANARIES",
     "canaries",
@@ -73,4 +74,10 @@ _all_ = [
     "SurgeryReport",
     "control_scores",
     "decompose",
+    "export_base",
+    "save",
+    "unlock",
 ]
+
+# %% ../nbs/api/16_public.ipynb #f206805a
+register()
