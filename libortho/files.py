@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SIZES', 'NAMES', 'LONGEST', 'OURS', 'PARTS', 'FORMAT', 'FileError', 'Entry', 'read_json', 'read_header',
            'check_tensors', 'check_name', 'FileInfo', 'sha256', 'check_file', 'write_file', 'write_tensors',
-           'replace_text', 'one_at_a_time', 'commit', 'check_csr', 'read_compartment', 'SavedCompartment', 'Saved']
+           'replace_text', 'one_at_a_time', 'commit', 'check_csr', 'read_compartment', 'SavedCompartment', 'Saved',
+           'config_digest', 'check_config']
 
 # %% ../nbs/api/12_files.ipynb #589948de
 import hashlib
@@ -314,6 +315,7 @@ class Saved:
     files: dict[str, list] = field(default_factory=dict)  # bytes and SHA-256 by name
     policy: dict = field(default_factory=dict)  # the fields of the `OrthoConfig`, where it is known
     made_by: str = ""  # name and version of the library
+    digest: str = ""  # of the rest of config.json, see `config_digest`; none is checked if it is empty
     quant_method: ClassVar[str] = "libortho"  # what transformers calls it
 
     def to_dict(self) -> dict: return {"quant_method": self.quant_method, "format": FORMAT, **asdict(self)}
@@ -336,7 +338,7 @@ def _check_saved(version: object, told: dict, where: Path | str) -> None:
     say = lambda what: FileError(f"{where}: {what}")
     if type(version) is not int or version < 1: raise say(f"format must be a whole number from 1, got {version!r}")
     if version > FORMAT: raise say(f"format {version} is newer than this libortho reads ({FORMAT}); pip install --upgrade libortho")
-    kinds = {"index": str, "layers": dict, "compartments": list, "files": dict, "policy": dict, "made_by": str}
+    kinds = {"index": str, "layers": dict, "compartments": list, "files": dict, "policy": dict, "made_by": str, "digest": str}
     _check_fields(told, kinds, ("index", "layers"), say, "")
     whole = lambda xs, n: isinstance(xs, list) and len(xs) == n and all(type(x) is int and x > 0 for x in xs)
     for name, sizes in told["layers"].items():
@@ -367,3 +369,21 @@ def _check_compartment(c: object, at: str, say: Callable, where: Path | str) -> 
     _check_fields(c, kinds, ("name", "file", "weights"), say, f"{at}.")
     if not 0 <= c.get("alpha", 1.0) <= 1: raise say(f"{at}.alpha must be in [0, 1], got {c['alpha']!r}")
     if not c["name"]: raise say(f"{at}.name must not be empty")
+
+# %% ../nbs/api/12_files.ipynb #0a5d0841
+def config_digest(
+    config: dict,  # all of config.json
+) -> str:  # 64 hex digits
+    "SHA-256 of a config without its own digest."
+    ours = {k: v for k, v in config.get("quantization_config", {}).items() if k != "digest"}
+    return hashlib.sha256(json.dumps(config | {"quantization_config": ours}, sort_keys=True).encode()).hexdigest()
+
+
+def check_config(
+    file: Path,  # a model's config.json
+) -> None:
+    "Raise FileError if it has changed since it was saved."
+    config = read_json(file.read_bytes(), file)
+    told = config.get("quantization_config", {}).get("digest")
+    if told and told != config_digest(config):
+        raise FileError(f"{file} has changed since it was saved; if that was on purpose, set quantization_config.digest in it to \"\"")

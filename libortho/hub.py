@@ -22,8 +22,9 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from .files import PARTS, FileError, FileInfo, Saved, SavedCompartment, check_file, commit, one_at_a_time, read_compartment
-from .files import replace_text, write_file, write_tensors
+from .files import PARTS, FileError, FileInfo, Saved, SavedCompartment, check_file, commit, config_digest
+from .files import one_at_a_time, read_compartment, replace_text, write_file, write_tensors
+from .gate import gate, guard
 from .linear import OrthoLinear, compartments, ortho_layers
 from .locks import check_key, seal, unseal
 from .streams import Compartment
@@ -106,6 +107,7 @@ def save(
         sizes = {n: [layer.bits, *layer.scales.shape] for n, layer in layers.items()}
         saved = Saved(index.name, sizes, kept, {f.name: [f.bytes, f.sha256] for f in files}, _policy(model, leave_out), _made_by())
         _write_rest(model, folder, tok, saved, report)
+        saved.digest = config_digest(_config(model) | {"quantization_config": saved.to_dict()})
         commit(folder, _config(model) | {"quantization_config": saved.to_dict()}, {f.name for f in files})
     return saved
 
@@ -229,6 +231,7 @@ def take_up(
         elif c.locked: waiting.append(c.name)
         else: found[c.name] = read_compartment(check_file(file.parent, saved.info(c.file)), shapes)
     _put(layers, found, saved)
+    guard(model)
     folder = next((f.parent for c in saved.compartments if (f := find(c.file))), None)
     model.ortho_files = Files(folder or Path(), saved, tuple(waiting))
     for c in absent:
@@ -261,7 +264,7 @@ def unlock(
     file = check_file(files.folder, files.saved.info(waiting[name].file))
     data = unseal(file.read_bytes(), key, name, file)
     parts = read_compartment(file, {n: layer.base.shape for n, layer in layers.items()}, data)
-    _put(layers, {name: parts}, files.saved)
+    with gate(model).alone(): _put(layers, {name: parts}, files.saved)
     model.ortho_files = Files(files.folder, files.saved, tuple(n for n in files.waiting if n != name))
 
 

@@ -6,7 +6,7 @@
 __all__ = ['OrthoLinear', 'check_switches', 'check_linear', 'find_linears', 'PatchReport', 'patch', 'ortho_layers', 'unpatch',
            'set_alpha', 'alpha', 'CompartmentInfo', 'compartments', 'original', 'fingerprint']
 
-# %% ../nbs/api/06_linear.ipynb #70d76518
+# %% ../nbs/api/06_linear.ipynb #bce56002
 import hashlib
 import warnings
 from collections.abc import Iterator
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from .gate import gate, guard, unguard
 from .kernel import TOKENS, Product, takes, why_not
 from .lattice import lies_on_lattice
 from .streams import Base, Compartment, OrthoConfig, Streams, check_alpha, reconstruct, split
@@ -264,7 +265,7 @@ class PatchReport:
         "Fraction of the split layers' weights that is stored."
         return self.total("stored") / self.total("weights")
 
-# %% ../nbs/api/06_linear.ipynb #2d0e62ec
+# %% ../nbs/api/06_linear.ipynb #10811413
 def patch(
     model: nn.Module,  # changed in place, when all layers have been split
     cfg: OrthoConfig = OrthoConfig(),  # how, and which layers (`cfg.targets`)
@@ -287,6 +288,7 @@ def patch(
     _warn_if_on_lattice(linears)
     _put_all(model, {name: new[id(linear)] for name, linear in linears.items()})
     model.ortho_config = cfg
+    guard(model)
     return PatchReport(cfg, {n: streams[id(m.weight)].stats for n, m in linears.items()})
 
 # %% ../nbs/api/06_linear.ipynb #814dbcc7
@@ -333,7 +335,7 @@ def ortho_layers(
         raise ValueError("model has no split layers; call patch(model, cfg) first")
     return layers
 
-# %% ../nbs/api/06_linear.ipynb #4c2153dd
+# %% ../nbs/api/06_linear.ipynb #4e5e6ecb
 def unpatch(
     model: nn.Module,  # a patched model, changed in place
 ) -> None:
@@ -349,8 +351,9 @@ def unpatch(
         )
     _put_all(model, {n: m._original[0].to(m.packed.device, m.dtype) for n, m in layers.items()})
     vars(model).pop("ortho_config", None)
+    unguard(model)
 
-# %% ../nbs/api/06_linear.ipynb #591338cc
+# %% ../nbs/api/06_linear.ipynb #04a3740e
 def set_alpha(
     model: nn.Module,  # a patched model
     alpha: float | dict[str, float],  # one value for every switchable compartment, or values by name
@@ -359,7 +362,8 @@ def set_alpha(
     layers = ortho_layers(model)
     names = {n: a for layer in layers.values() for n, a in layer.alphas.items()}
     values = check_switches(alpha, names)
-    for layer in layers.values(): layer.set_alpha({n: a for n, a in values.items() if n in layer.alphas})
+    with gate(model).alone():
+        for layer in layers.values(): layer.set_alpha({n: a for n, a in values.items() if n in layer.alphas})
 
 # %% ../nbs/api/06_linear.ipynb #102b6948
 @contextmanager

@@ -15,7 +15,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.hub import cached_file
 
-from .files import NAMES, Entry, FileError, Saved, check_file, check_tensors, read_header
+from .files import NAMES, Entry, FileError, Saved, check_config, check_file, check_tensors, read_header
 from .hub import save_pretrained_of, take_up
 from .linear import OrthoLinear, ortho_layers, patch
 from .streams import Base, OrthoConfig, Streams
@@ -48,7 +48,6 @@ def check_shards(
     tied = set(getattr(model, "all_tied_weights_keys", {}))
     wanted, found, of = model.state_dict(), {}, {}
     for shard in shards:
-        if shard.name not in saved.files: raise FileError(f"{shard} is not among the files that config.json names")
         header = read_header(check_file(shard.parent, saved.info(shard.name)))
         found |= header
         of |= dict.fromkeys(header, shard)
@@ -83,9 +82,13 @@ class OrthoQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         if not self.pre_quantized: return
-        outline(model, self.quantization_config)
-        check_shards(model, self.quantization_config, [Path(f) for f in checkpoint_files])
-        self.folder = Path(checkpoint_files[0]).parent
+        saved, shards = self.quantization_config, [Path(f) for f in checkpoint_files]
+        strange = next((f for f in shards if f.name not in saved.files or f.parent != shards[0].parent), None)
+        if strange: raise FileError(f"{strange} is not among the files that config.json names")
+        self.folder = shards[0].parent
+        check_config(self.folder / "config.json")
+        outline(model, saved)
+        check_shards(model, saved, shards)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         model.config.__dict__.pop("transformers_weights", None)  # was for this loading alone

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REPORT_HEAD', 'SurgeryReport', 'Operation', 'decompose', 'by_compartment', 'control_scores']
 
-# %% ../nbs/api/09b_surgery.ipynb #c51c5a87
+# %% ../nbs/api/09b_surgery.ipynb #7b866570
 import json
 import time
 import warnings
@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from .counter import OBJECTIVES, CompartmentReport, Goal, Round, Step, counter_memory, take_step
 from .curvature import QUANTITIES, Tokens, digest_of, fisher, kept, merged
 from .data import prose, retain_facts
+from .gate import guard
 from .lattice import check_weight, dequantize, lattice_top, natural, pack, pick
 from .linear import OrthoLinear, _put_all, _stand_in, _warn_if_on_lattice, find_linears
 from .memory import Item, TokenScores, as_item, encode, score_tokens
@@ -142,7 +143,7 @@ _ALLOWED = {
     "memory_gb": "above 0",
 }
 
-# %% ../nbs/api/09b_surgery.ipynb #3c9d3369
+# %% ../nbs/api/09b_surgery.ipynb #b4b7e33b
 def decompose(
     model: nn.Module,  # causal language model; patched in place at the very end, or on any error left as it was
     tok,  # tokenizer
@@ -185,6 +186,7 @@ def decompose(
     report.layers = {n: streams[n].stats for n in streams}
     _close(model, named, linears, streams, (keep_dense, keep_original))
     model.ortho_config = cfg
+    guard(model)
     return report
 
 # %% ../nbs/api/09b_surgery.ipynb #05819b5e

@@ -165,9 +165,9 @@ def test_on_a_gpu_every_weight_is_in_its_place(dtype):
     base, _ = weight(80, 128, 64)
     panels, found = on_gpu(base, {})
     for first in (0, 64):
-        x = torch.eye(128, dtype=dtype, device="cuda")[first:first + 64]
+        x = torch.eye(128, dtype=dtype, device="cuda")[first : first + 64]
         y = dual_gemm(x, panels, sparse(panels, found, {})).cpu()
-        assert torch.equal(y.T, base.dequantize()[:, first:first + 64].to(dtype))
+        assert torch.equal(y.T, base.dequantize()[:, first : first + 64].to(dtype))
 
 
 @pytest.mark.cuda

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import libortho as lo
-from libortho.files import FileError, Saved, sha256
+from libortho.files import FileError, Saved, config_digest, sha256
 from libortho.hub import base_tensors
 from libortho.linear import fingerprint, ortho_layers
 from libortho.streams import compress
@@ -26,7 +26,10 @@ def split(model, names=("repair", "first", "second"), bits=4, dtype=torch.float3
     rotary = model.model.rotary_emb.inv_freq.clone()
     model = model.to(dtype)
     model.model.rotary_emb.inv_freq = rotary  # is not saved; transformers makes it anew, in float32
-    lo.patch(model, lo.OrthoConfig(bits=bits, group_size=16, density=0.1, scale="max", noise="tri_state" if bits == 4 else "none"))
+    lo.patch(
+        model,
+        lo.OrthoConfig(bits=bits, group_size=16, density=0.1, scale="max", noise="tri_state" if bits == 4 else "none"),
+    )
     gen = torch.Generator().manual_seed(0)
     for layer in ortho_layers(model).values():
         w = layer.dequantize(1.0)
@@ -75,7 +78,13 @@ def test_what_is_loaded_is_what_was_saved(tiny, tmp_path, dtype, bits):
 def test_a_layer_with_a_bias_and_a_head_of_its_own(tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {
+        "vocab_size": 256,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     model = LlamaForCausalLM(LlamaConfig(**sizes, attention_bias=True, mlp_bias=True, tie_word_embeddings=False)).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
@@ -157,6 +166,7 @@ def rewrite(folder, pattern, change):
 def forge(folder, file):
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["files"][file.name] = [file.stat().st_size, sha256(file)]
+    config["quantization_config"]["digest"] = config_digest(config)
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -171,8 +181,16 @@ def poke(key, i, value):
 
 
 WRONG = {
-    "shape of the base": ("base-0*", lambda t: t.update({f"{Q}.packed": t[f"{Q}.packed"][:-1].clone()}), "shape of '.*packed'"),
-    "dtype of the base": ("base-0*", lambda t: t.update({f"{Q}.packed": t[f"{Q}.packed"].char()}), "dtype of '.*packed'"),
+    "shape of the base": (
+        "base-0*",
+        lambda t: t.update({f"{Q}.packed": t[f"{Q}.packed"][:-1].clone()}),
+        "shape of '.*packed'",
+    ),
+    "dtype of the base": (
+        "base-0*",
+        lambda t: t.update({f"{Q}.packed": t[f"{Q}.packed"].char()}),
+        "dtype of '.*packed'",
+    ),
     "dtype of scales": ("base-0*", lambda t: t.update({f"{Q}.scales": t[f"{Q}.scales"].half()}), "dtype of '.*scales'"),
     "scale": ("base-0*", poke(f"{Q}.scales", 3, float("nan")), "a scale of '.*' is not finite"),
     "one too many": ("base-0*", lambda t: t.update(more=torch.zeros(1)), "holds 'more', which the model does not have"),
@@ -246,6 +264,7 @@ def test_headers_that_lie(saved, pattern, change, error):
 def in_config(folder, change):
     config = json.loads((folder / "config.json").read_text())
     change(config["quantization_config"])
+    config["quantization_config"]["digest"] = config_digest(config)
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -270,6 +289,14 @@ def test_configs_that_lie(saved, change, error):
         load(saved[1])
 
 
+def test_a_changed_digit_in_the_models_own_config(saved):
+    text = (saved[1] / "config.json").read_text()
+    assert '"rms_norm_eps": 1e-06' in text
+    (saved[1] / "config.json").write_text(text.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 3e-06'))
+    with pytest.raises(FileError, match="config.json has changed since it was saved; if that was on purpose"):
+        load(saved[1])
+
+
 def test_an_index_cannot_name_a_file_elsewhere(saved, tmp_path):
     index = one(saved[1], "*.index.json")
     shutil.copy(one(saved[1], "base-0*"), tmp_path / "elsewhere.safetensors")
@@ -291,7 +318,9 @@ def test_a_missing_shard_is_named(saved):
 def test_a_memory_withheld(saved):
     model, folder = saved
     one(folder, "compartment-01*").unlink()
-    with pytest.warns(UserWarning, match="compartment-01.* is not there, so the model is without its compartment 'first'"):
+    with pytest.warns(
+        UserWarning, match="compartment-01.* is not there, so the model is without its compartment 'first'"
+    ):
         loaded = load(folder)
     assert list(lo.compartments(loaded)) == ["repair", "second"]
     for alpha in (0.0, 1.0):
@@ -308,7 +337,9 @@ def test_locks_open_in_any_order_and_stay_closed_in_a_copy(saved, tmp_path):
     before = fingerprint(loaded)
     with pytest.raises(FileError, match="the key is wrong"):
         lo.unlock(loaded, "first", "two")
-    with pytest.raises(ValueError, match="name 'third' is not a locked compartment of this model; there is 'first', 'second'"):
+    with pytest.raises(
+        ValueError, match="name 'third' is not a locked compartment of this model; there is 'first', 'second'"
+    ):
         lo.unlock(loaded, "third", "x")
     assert fingerprint(loaded) == before
     lo.save(loaded, tmp_path / "copy")  # both locked still
@@ -365,7 +396,9 @@ def test_the_library_registers_itself_whenever_transformers_comes(saved):
         ["import libortho", "from transformers import AutoModelForCausalLM", load_],
         ["from transformers import AutoModelForCausalLM", "import libortho", load_],
     ):
-        subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", "\n".join(lines)], check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, "-W", "error::UserWarning", "-c", "\n".join(lines)], check=True, capture_output=True
+        )
 
 
 def test_a_copy_and_a_moved_model_are_saved_alike(saved, tmp_path):
