@@ -15,7 +15,7 @@ ifneq ($(MADE_IN),$(CURDIR))
 .PHONY: $(READY)
 endif
 
-.PHONY: help setup demo test bench lab docs sync lib readme clean
+.PHONY: help setup demo test bench torture lab docs sync lib readme clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -42,6 +42,10 @@ bench: $(READY) ## race the kernel against the libraries; writes reports/04_perf
 	@mkdir -p reports/04_performance
 	@$(BIN)/papermill nbs/experiments/04_performance.ipynb reports/04_performance/04_performance.ipynb \
 	  -p out "$(CURDIR)/reports/04_performance"
+
+torture: $(READY) ## kill, damage, fill the disk, fuzz (MINUTES=10 of atheris); writes reports/torture.json
+	@$(if $(MINUTES),$(PIP) atheris)
+	@$(BIN)/python tests/torture.py $(if $(MINUTES),--minutes $(MINUTES))
 
 lab: $(READY) ## open the notebooks in JupyterLab, which cleans them as it saves
 	@cd nbs && ../$(BIN)/jupyter lab --ContentsManager.pre_save_hook=nbdev.clean.clean_jupyter \

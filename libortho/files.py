@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -98,7 +99,8 @@ def _entry(file: Path, name: str, told: object) -> tuple[Entry, int, int]:
     whole = lambda x: isinstance(x, list) and all(type(i) is int and i >= 0 for i in x)
     if not isinstance(told, dict) or set(told) != {"dtype", "shape", "data_offsets"}:
         raise FileError(f"{file}: the entry of {name!r} must have dtype, shape and data_offsets")
-    if told["dtype"] not in SIZES: raise FileError(f"{file}: dtype of {name!r} must be one of {', '.join(SIZES)}, got {told['dtype']!r}")
+    if told["dtype"] not in list(SIZES):
+        raise FileError(f"{file}: dtype of {name!r} must be one of {', '.join(SIZES)}, got {told['dtype']!r}")
     if not whole(told["shape"]) or not whole(told["data_offsets"]) or len(told["data_offsets"]) != 2:
         raise FileError(f"{file}: shape and data_offsets of {name!r} must be lists of whole numbers, the second of two")
     begin, end = told["data_offsets"]
@@ -169,18 +171,10 @@ OURS = re.compile(r"(base|compartment)-.*-[0-9a-f]{12}\.(safetensors|locked|safe
 
 @contextmanager
 def _part(folder: Path) -> Iterator[Path]:
-    "A temporary name in the folder; nothing is left of it on an error."
-    handle, name = tempfile.mkstemp(prefix=".libortho-", suffix=".part", dir=folder)
-    os.close(handle)
-    os.chmod(name, 0o666 & ~_umask())  # mkstemp's files are for their owner alone
-    try: yield Path(name)
-    finally: Path(name).unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    now = os.umask(0)
-    os.umask(now)
-    return now
+    "A file's name in a temporary folder, where its writer may have temporary files of its own."
+    part = Path(tempfile.mkdtemp(prefix=".libortho-", suffix=".part", dir=folder))
+    try: yield part / "file"
+    finally: shutil.rmtree(part, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
@@ -245,7 +239,9 @@ def commit(
     "Make the new model the one that counts, and clear away what no model names."
     replace_text(folder / "config.json", json.dumps(config, indent=1, sort_keys=True) + "\n")
     for file in folder.iterdir():
-        if OURS.fullmatch(file.name) and file.name not in named: file.unlink(missing_ok=True)
+        if not OURS.fullmatch(file.name) or file.name in named: continue
+        if file.is_dir(): shutil.rmtree(file, ignore_errors=True)
+        else: file.unlink(missing_ok=True)
 
 # %% ../nbs/api/12_files.ipynb #b82079bf
 PARTS = ("crow", "col", "values")
@@ -329,6 +325,7 @@ class Saved:
         where: Path | str = "config.json",  # for errors
     ) -> "Saved":
         "Read it, checking every field. Raises FileError."
+        if not isinstance(told, dict): raise FileError(f"{where}: quantization_config must be an object, got {told!r}")
         fields = {k: v for k, v in told.items() if k not in ("quant_method", "format")}
         _check_saved(told.get("format"), fields, where)
         return cls(**fields | {"compartments": [SavedCompartment(**c) for c in fields.get("compartments", [])]})

@@ -55,12 +55,20 @@ def _load_cuda() -> str:
         return str(e)
     return ""
 
-# %% ../nbs/api/05_kernel.ipynb #c1da5af5
+# %% ../nbs/api/05_kernel.ipynb #406c7509
+def _one_device(*tensors: torch.Tensor) -> None:
+    "A single tensor without memory brings the call here; others beside it must not pass for a result."
+    found = sorted({str(t.device) for t in tensors})
+    if len(found) > 1: raise ValueError(f"all tensors of a product must be on one device, got {', '.join(found)}")
+
+
 def _fake_gemm(x, words, scales, starts, places, values, n, k, int8=False):
+    _one_device(x, words, scales, starts, places, values)
     return x.new_empty((*x.shape[:-1], n))
 
-# %% ../nbs/api/05_kernel.ipynb #a9e257f7
+# %% ../nbs/api/05_kernel.ipynb #8af061c1
 def _fake_repack(packed, scales, k):
+    _one_device(packed, scales)
     panels = -(-packed.shape[0] // 16)
     last = (-(-k // 64), 32, 4) if packed.is_cuda else (-(-k // 8), 16)
     return packed.new_empty((panels, *last), dtype=torch.int32), scales.new_empty((panels, scales.shape[1], 16))

@@ -77,7 +77,10 @@ class OrthoQuantizer(HfQuantizer):
                                  "load the model as it is and call libortho.decompose")
 
     def update_tp_plan(self, config):
-        if self.pre_quantized: config.transformers_weights = self.quantization_config.index
+        if not self.pre_quantized: return config
+        saved, folder = self.quantization_config, Path(config.name_or_path)
+        if folder.is_dir(): check_file(folder, saved.info(saved.index))  # transformers reads it next
+        config.transformers_weights = saved.index
         return config
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):

@@ -32,7 +32,7 @@ from libortho.lattice import (
 from .noise import NOISES, attack
 from .sieve import SIEVES, keep_top, resolve_density
 
-# %% ../nbs/api/04_streams.ipynb #40d35fa4
+# %% ../nbs/api/04_streams.ipynb #bd5f2020
 @dataclass(frozen=True)
 class OrthoConfig:
     "How to split a weight. Raises ValueError, naming the field, for a value that cannot work."
@@ -75,11 +75,35 @@ class OrthoConfig:
         cls,
         text: str,  # JSON text, as `to_json` writes it
     ) -> "OrthoConfig":
-        "Read a config back, checking every field."
-        return cls(**json.loads(text))
+        "Read a config back, checking every field. Raises ValueError."
+        fields = json.loads(text)
+        if not isinstance(fields, dict): raise ValueError(f"a config must be a JSON object, got {type(fields).__name__}")
+        unknown = next((k for k in fields if k not in _KINDS), None)
+        if unknown is not None: raise ValueError(f"a config has no field {unknown!r}; it has {', '.join(_KINDS)}")
+        return cls(**fields)
 
-# %% ../nbs/api/04_streams.ipynb #2cbb8816
+# %% ../nbs/api/04_streams.ipynb #d833ae32
+_KINDS = {"bits": int, "group_size": (int, str), "scale": str, "scale_args": dict, "projection": str, "sieve": str,
+          "density": (int, float, None), "sparsity": (int, float, None), "per_row": bool, "noise": str,
+          "attack_density": (int, float, None), "compartment": str, "targets": (str, tuple), "seed": int}
+
+
+def _check_kinds(c: OrthoConfig) -> None:
+    "Raise ValueError for a field of another type, as a file may hold it."
+    for name, kinds in _KINDS.items():
+        value, kinds = getattr(c, name), kinds if isinstance(kinds, tuple) else (kinds,)
+        if not (value is None and None in kinds) and type(value) not in kinds:
+            said = " or ".join("None" if k is None else k.__name__ for k in kinds)
+            raise ValueError(f"{name} must be {said}, got {value!r}")
+    if not all(type(t) is str for t in ([c.targets] if type(c.targets) is str else c.targets)):
+        raise ValueError(f"targets must be name patterns, got {c.targets!r}")
+    for key, value in c.scale_args.items():
+        if type(key) is not str or type(value) not in (int, float):
+            raise ValueError(f"scale_args must be numbers by name, got {key!r}: {value!r}")
+
+
 def _check_config(c: OrthoConfig) -> None:
+    _check_kinds(c)
     lattice_top(c.bits)
     for registry, name, what in (
         (SCALES, c.scale, "scale policy"),

@@ -258,6 +258,18 @@ def test_bad_input_is_refused():
         dual_gemm(x.requires_grad_(), panels, stream)
 
 
+@needs_kernel
+@pytest.mark.parametrize("which", range(6))
+def test_a_tensor_without_memory_among_others_gives_no_result(which):
+    base, compartments = weight(33, 64, 16, [0.1])
+    panels = repack(base)
+    s = sparse(panels, deltas(base, compartments), {"c0": 1.0})
+    tensors = [torch.randn(3, 64), panels.words, panels.scales, s.starts, s.places, s.values]
+    tensors[which] = tensors[which].to("meta")
+    with pytest.raises(ValueError, match="must be on one device, got cpu, meta"):
+        torch.ops.libortho.dual_gemm(*tensors, 33, 64, False)
+
+
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("m", [1, 16, 140])
 def test_wild_places_read_nothing_outside(m, int8):

@@ -1,0 +1,55 @@
+"""A small torture in the test suite; `make torture` is the whole one."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torture import TRIALS, corpus, read
+
+HERE = Path(__file__).parent
+
+
+def torture(tmp_path, *options, before="pass"):
+    "Run it in a process of its own, which forks; after a line of sabotage."
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import torture\n{before}\ntorture.main()"
+    command = [sys.executable, "-c", code, "--json", tmp_path / "told.json", *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (tmp_path / "told.json").exists(), done.stderr
+    return done, json.loads((tmp_path / "told.json").read_text())["trials"]
+
+
+def test_nothing_is_lost(tmp_path):
+    done, rows = torture(tmp_path, "--cases", "4")
+    assert not done.returncode and "nothing lost" in done.stdout, done.stdout
+    assert {r["trial"] for r in rows} == set(TRIALS) and all(r["cases"] > 0 and not r["wrong"] for r in rows)
+
+
+SABOTAGE = {  # the fault that each trial is there to see
+    "damaged": """import libortho.quantizer as q
+q.check_file, q.check_config = lambda folder, info: folder / info.name, print""",
+    "full_disk": """import libortho.hub as h
+h.commit = lambda folder, config, named: (folder / "config.json").write_text("{}")""",
+    "two_saves": """import libortho.files as f
+f.OURS = f.re.compile("never")""",
+    "determinism": "torture.torch.manual_seed = lambda seed: torture.torch.random.seed()",
+    "switching": """import contextlib, libortho.linear as l
+l.gate = lambda model: type("Open", (), {"alone": contextlib.nullcontext})""",
+}
+
+
+@pytest.mark.parametrize("name", SABOTAGE)
+def test_a_loss_is_seen(name, tmp_path):
+    done, (row,) = torture(tmp_path, "--cases", "8", "--only", name, before=SABOTAGE[name])
+    assert done.returncode == 1 and row["wrong"], (done.stdout, done.stderr)
+
+
+@pytest.mark.parametrize("kind", sorted(corpus()))
+def test_inputs_that_once_found_a_path(kind):
+    "What coverage-guided fuzzing kept."
+    kept = sorted((HERE / "corpus" / kind).iterdir())
+    good, reader = corpus()[kind]
+    assert not read(reader, good) and kept
+    for file in kept:
+        assert not read(reader, file.read_bytes()), file
