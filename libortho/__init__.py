@@ -8,14 +8,16 @@ __all__ = ['CANARIES', 'canaries', 'load_model', 'load_tofu', 'prose', 'retain_f
            'original', 'patch', 'set_alpha', 'unpatch', 'ImplantError', 'exact_memorisation', 'extraction_strength',
            'greedy_extraction', 'implant', 'perplexity', 'score_secrets', 'secret_perplexity', 'Base', 'Compartment',
            'OrthoConfig', 'Streams', 'split', 'draw_canaries', 'SURGERY', 'SurgeryReport', 'control_scores',
-           'decompose', 'export_base', 'save', 'unlock']
+           'decompose', 'export_base', 'export_compressed_tensors', 'export_dense', 'save', 'stream_decompose',
+           'unlock']
 
 # %% ../nbs/api/16_public.ipynb #34c139c9
 __version__ = "0.1.0"
 
-# %% ../nbs/api/16_public.ipynb #8fadbc3c
+# %% ../nbs/api/16_public.ipynb #c730b919
 from .data import CANARIES, canaries, draw_canaries, load_model, load_tofu, prose, retain_facts
 from .evaluate import Comparison, Measures, Result, Verdict, compare, evaluate, measure, tofu, tofu_configs
+from .export import export_compressed_tensors, export_dense
 from .hub import export_base, register, save, unlock
 from .linear import OrthoLinear, alpha, compartments, original, patch, set_alpha, unpatch
 from libortho.memory import (
@@ -29,10 +31,11 @@ from libortho.memory import (
     secret_perplexity,
 )
 from .patient import SURGERY
+from .stream import stream_decompose
 from .streams import Base, Compartment, OrthoConfig, Streams, split
 from .surgery import SurgeryReport, control_scores, decompose
 
-# %% ../nbs/api/16_public.ipynb #244843e1
+# %% ../nbs/api/16_public.ipynb #8c142af6
 _all_ = [
     "CANARIES",
     "canaries",
@@ -75,7 +78,10 @@ _all_ = [
     "control_scores",
     "decompose",
     "export_base",
+    "export_compressed_tensors",
+    "export_dense",
     "save",
+    "stream_decompose",
     "unlock",
 ]
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'NAMES', 'LONGEST', 'OURS', 'PARTS', 'FORMAT', 'FileError', 'Entry', 'read_json', 'read_header',
-           'check_tensors', 'check_name', 'FileInfo', 'sha256', 'check_file', 'write_file', 'write_tensors',
-           'replace_text', 'one_at_a_time', 'commit', 'check_csr', 'read_compartment', 'SavedCompartment', 'Saved',
-           'config_digest', 'check_config']
+           'check_tensors', 'check_name', 'FileInfo', 'sha256', 'check_file', 'check_size', 'write_file',
+           'write_tensors', 'replace_text', 'one_at_a_time', 'commit', 'check_csr', 'read_compartment',
+           'SavedCompartment', 'Saved', 'config_digest', 'check_config']
 
 # %% ../nbs/api/12_files.ipynb #589948de
 import hashlib
@@ -165,7 +165,16 @@ def check_file(
         raise FileError(f"{file} has changed since it was saved: its SHA-256 is not the config's; take it from its source again")
     return file
 
-# %% ../nbs/api/12_files.ipynb #1f9a387a
+# %% ../nbs/api/12_files.ipynb #28f2fab7
+def check_size(
+    size: int | str,  # of a shard, as a user gave it
+) -> None:
+    "Raise ValueError unless it is a size such as \"5GB\", or a number of bytes."
+    if isinstance(size, str): good = re.fullmatch(r"\s*[0-9]+(\.[0-9]+)?\s*[KMGT]B\s*", size, re.I)
+    else: good = isinstance(size, (int, float)) and 0 < size < math.inf
+    if not good: raise ValueError(f"max_shard_size must be a size such as '5GB', or a number of bytes, got {size!r}")
+
+# %% ../nbs/api/12_files.ipynb #22bb2ef0
 OURS = re.compile(r"(base|compartment)-.*-[0-9a-f]{12}\.(safetensors|locked|safetensors\.index\.json)|\.libortho-.*\.part")
 
 
@@ -183,7 +192,7 @@ def _sync(path: Path) -> None:
     try: os.fsync(handle)
     finally: os.close(handle)
 
-# %% ../nbs/api/12_files.ipynb #22bb2ef0
+# %% ../nbs/api/12_files.ipynb #f029ecaf
 def write_file(
     folder: Path,  # the model's
     stem: str,  # how the name begins: "base-…" or "compartment-…"
@@ -205,10 +214,15 @@ def write_tensors(
     tensors: dict[str, Tensor],  # by name
 ) -> FileInfo:  # the file
     "A safetensors file of tensors."
-    ready = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
+    ready, seen = {}, set()
+    for n, t in tensors.items():
+        t = t.detach().cpu().contiguous()
+        at = t.untyped_storage().data_ptr()
+        ready[n] = t.clone() if at in seen else t  # safetensors takes no two names for the same memory
+        seen.add(at)
     return write_file(folder, stem, ".safetensors", lambda part: save_file(ready, part, metadata={"format": "pt"}))
 
-# %% ../nbs/api/12_files.ipynb #f029ecaf
+# %% ../nbs/api/12_files.ipynb #ca1f59a5
 def replace_text(
     file: Path,  # is there afterwards, in whole
     text: str,  # what it will hold
@@ -225,10 +239,10 @@ def replace_text(
 def one_at_a_time(
     folder: Path,  # of a model
 ) -> Iterator[None]:
-    "Saves into the same folder wait for one another; a process that dies lets go."
+    "Saves into the same folder wait for one another; a process that dies lets go. Some folders share a lock."
     locks = cache_dir() / "locks"
     locks.mkdir(parents=True, exist_ok=True)
-    with FileLock(locks / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:24]}.lock"): yield
+    with FileLock(locks / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:2]}.lock"): yield
 
 
 def commit(
@@ -243,7 +257,7 @@ def commit(
         if file.is_dir(): shutil.rmtree(file, ignore_errors=True)
         else: file.unlink(missing_ok=True)
 
-# %% ../nbs/api/12_files.ipynb #b82079bf
+# %% ../nbs/api/12_files.ipynb #a973f107
 PARTS = ("crow", "col", "values")
 
 
@@ -264,7 +278,7 @@ def check_csr(
     if ((col.diff() <= 0) & (row.diff() == 0)).any(): raise say("columns do not rise within a row")
     if not values.isfinite().all(): raise say("a value is not finite")
 
-# %% ../nbs/api/12_files.ipynb #a973f107
+# %% ../nbs/api/12_files.ipynb #7a56de92
 def read_compartment(
     file: Path,  # a safetensors file
     shapes: dict[str, tuple[int, int]],  # [out, in] by layer that it may name
@@ -287,7 +301,7 @@ def _expected(found: dict[str, Entry], layer: str, out: int) -> dict[str, Entry]
     floats = dtype if dtype in ("F64", "F32", "F16", "BF16") else "F32"
     return {f"{layer}.crow": Entry("I32", (out + 1,)), f"{layer}.col": Entry("I32", count), f"{layer}.values": Entry(floats, count)}
 
-# %% ../nbs/api/12_files.ipynb #962513b7
+# %% ../nbs/api/12_files.ipynb #29bbc5e0
 FORMAT = 1
 
 
@@ -330,7 +344,7 @@ class Saved:
         _check_saved(told.get("format"), fields, where)
         return cls(**fields | {"compartments": [SavedCompartment(**c) for c in fields.get("compartments", [])]})
 
-# %% ../nbs/api/12_files.ipynb #29bbc5e0
+# %% ../nbs/api/12_files.ipynb #7b4ac518
 def _check_saved(version: object, told: dict, where: Path | str) -> None:
     say = lambda what: FileError(f"{where}: {what}")
     if type(version) is not int or version < 1: raise say(f"format must be a whole number from 1, got {version!r}")
@@ -367,7 +381,7 @@ def _check_compartment(c: object, at: str, say: Callable, where: Path | str) -> 
     if not 0 <= c.get("alpha", 1.0) <= 1: raise say(f"{at}.alpha must be in [0, 1], got {c['alpha']!r}")
     if not c["name"]: raise say(f"{at}.name must not be empty")
 
-# %% ../nbs/api/12_files.ipynb #0a5d0841
+# %% ../nbs/api/12_files.ipynb #aaea733a
 def config_digest(
     config: dict,  # all of config.json
 ) -> str:  # 64 hex digits

@@ -38,7 +38,7 @@ def outline(
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, OrthoLinear(Streams(base, {}), linear.bias, dtype=linear.weight.dtype))
 
-# %% ../nbs/api/12c_quantizer.ipynb #f3cc8150
+# %% ../nbs/api/12c_quantizer.ipynb #2716843f
 def check_shards(
     model: nn.Module,  # as `outline` left it
     saved: Saved,  # what config.json says
@@ -57,6 +57,7 @@ def check_shards(
         t = wanted[name]
         dtype = entry.dtype if t.is_floating_point() and entry.dtype in floats and not name.endswith(".scales") else NAMES[t.dtype]
         check_tensors(of[name], {name: entry}, {name: Entry(dtype, tuple(t.shape))})
+    tied |= set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     lost = next((n for n in wanted if n not in found and n not in tied), None)
     if lost: raise FileError(f"{shards[0].parent} lacks {lost!r} in every shard; a file is missing or from another model")
 

@@ -194,13 +194,15 @@ def compress(
     crow = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).to(torch.int32)
     return Compartment(crow, mask.nonzero()[:, 1].to(torch.int32), w[mask].clone(), w.shape[1])
 
-# %% ../nbs/api/04_streams.ipynb #21565002
+# %% ../nbs/api/04_streams.ipynb #17e53d36
 def check_alpha(
     alpha: float,  # a switch
     name: str = "alpha",  # what it is called, for the error
 ) -> float:  # the same, as a float
     "Raise ValueError unless alpha is a number in [0, 1]."
-    if not 0.0 <= alpha <= 1.0: raise ValueError(f"{name} must be in [0, 1], got {alpha!r}; 1 is on, 0 is off")
+    try: good = 0.0 <= alpha <= 1.0
+    except TypeError: good = False
+    if not good: raise ValueError(f"{name} must be in [0, 1], got {alpha!r}; 1 is on, 0 is off")
     return float(alpha)
 
 # %% ../nbs/api/04_streams.ipynb #03e3719c

@@ -92,6 +92,24 @@ def test_a_layer_with_a_bias_and_a_head_of_its_own(tmp_path):
     assert same(model, load(tmp_path))
 
 
+def test_a_layer_in_two_places_and_a_weight_that_only_the_user_tied(tiny, tmp_path):
+    tiny.config.tie_word_embeddings = False
+    tiny.lm_head.weight = tiny.model.embed_tokens.weight
+    tiny.all_tied_weights_keys = {}
+    model = split(tiny)
+    model.model.layers[1].mlp.up_proj = model.model.layers[0].mlp.up_proj
+    lo.export_base(model, tmp_path / "bare")
+    lo.save(model, tmp_path / "whole")
+    loaded = load(tmp_path / "whole")
+    for alpha in (1.0, 0.3, 0.0):
+        for m in (model, loaded):
+            lo.set_alpha(m, alpha)
+        assert torch.equal(logits(model), logits(loaded))
+    written = b"".join(files(tmp_path / "bare").values())
+    values = model.model.layers[0].mlp.up_proj.compartments["first"].values
+    assert values[:4].numpy().tobytes() not in written
+
+
 def test_in_many_shards(tiny, tmp_path):
     model = split(tiny)
     saved = lo.save(model, tmp_path, max_shard_size="2KB")
@@ -118,6 +136,7 @@ def test_a_new_model_replaces_the_old_one(tiny, tmp_path):
         ({"lock": {"third": "x"}}, "lock names 'third'"),
         ({"lock": {"first": ""}}, "the key of 'first' must be a text that is not empty"),
         ({"lock": {"first": b"x"}}, "the key of 'first' must be a text that is not empty, got bytes"),
+        ({"max_shard_size": "lots"}, "max_shard_size must be a size such as '5GB'"),
         ({"lock": {"repair": "x"}}, "lock names 'repair', which is part of the base"),
         ({"leave_out": ["repair"]}, "leave_out names 'repair'"),
         ({"leave_out": ["first"], "lock": {"first": "x"}}, "lock names 'first', which is left out"),

@@ -1,11 +1,14 @@
 """A small torture in the test suite; `make torture` is the whole one."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torture import TRIALS, corpus, read
 
 HERE = Path(__file__).parent
@@ -43,6 +46,29 @@ l.gate = lambda model: type("Open", (), {"alone": contextlib.nullcontext})""",
 def test_a_loss_is_seen(name, tmp_path):
     done, (row,) = torture(tmp_path, "--cases", "8", "--only", name, before=SABOTAGE[name])
     assert done.returncode == 1 and row["wrong"], (done.stdout, done.stderr)
+
+
+READ = corpus()
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda x: st.lists(x) | st.dictionaries(st.text(), x),
+)
+
+
+@settings(max_examples=int(os.environ.get("LIBORTHO_EXAMPLES", 100)))
+@given(st.data())
+@pytest.mark.parametrize("kind", sorted(READ))
+def test_bytes_and_values_of_every_kind(kind, data):
+    "Any bytes; a good file with a piece of it replaced; a good JSON object with another value under one of its keys."
+    good, reader = READ[kind]
+    at = data.draw(st.integers(0, len(good)))
+    to = data.draw(st.integers(at, min(len(good), at + 40)))
+    assert not read(reader, data.draw(st.binary(max_size=200)))
+    assert not read(reader, good[:at] + data.draw(st.binary(max_size=40)) + good[to:])
+    if kind in ("config", "policy"):
+        told = json.loads(good)
+        told[data.draw(st.sampled_from(sorted(told)) | st.text())] = data.draw(ANYTHING)
+        assert not read(reader, json.dumps(told).encode())
 
 
 @pytest.mark.parametrize("kind", sorted(corpus()))

@@ -16,6 +16,7 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -157,7 +158,7 @@ def kill_decompose(n, folder):
     seconds = took(lambda: work(whole, None))
     for i in range(max(4, n // 8)):
         where = folder / str(i)
-        cut = killed(lambda: work(copy.deepcopy(model), where), random.random() * 1.2 * seconds)
+        cut = killed(lambda to=where: work(copy.deepcopy(model), to), random.random() * 1.2 * seconds)
         again = copy.deepcopy(model)
         work(again, where)
         yield "" if fingerprint(again) == fingerprint(whole) else "another result than without the kill", cut
@@ -457,32 +458,16 @@ def determinism(n, folder):
 def fuzz_with_atheris(minutes, folder):
     "Coverage-guided fuzzing of every reader, each for its share of the minutes; inputs that found a new path are kept."
     found = {}
-    for kind in corpus():
-        seeds, log = folder / kind, folder / f"{kind}.log"
+    for kind, (good, _) in corpus().items():
+        seeds, known = folder / kind, Path(__file__).parent / "corpus" / kind
         seeds.mkdir(parents=True, exist_ok=True)
-        (seeds / "good").write_bytes(corpus()[kind][0])
-        command = [
-            sys.executable,
-            __file__,
-            "--fuzz",
-            kind,
-            str(seeds),
-            f"-max_total_time={int(60 * minutes / len(corpus()))}",
-        ]
-        with log.open("wb") as out:
-            pid = os.posix_spawn(
-                sys.executable,
-                [*command, f"-artifact_prefix={folder}/{kind}-"],
-                os.environ,
-                file_actions=[(os.POSIX_SPAWN_DUP2, out.fileno(), 1), (os.POSIX_SPAWN_DUP2, out.fileno(), 2)],
-            )
-            code = os.waitpid(pid, 0)[1]
-        runs = [
-            line
-            for line in log.read_text(errors="replace").splitlines()
-            if line.startswith("Done ") or "stat::" in line
-        ]
-        found[kind] = {"exit": code, "told": runs[-1] if runs else "", "kept": len(list(seeds.iterdir()))}
+        (seeds / "good").write_bytes(good)
+        limits = [f"-max_total_time={int(60 * minutes / len(corpus()))}", f"-artifact_prefix={folder}/{kind}-"]
+        command = [sys.executable, __file__, "--fuzz", kind, str(seeds), str(known), *limits]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+        (folder / f"{kind}.log").write_text(done.stdout)
+        told = [line for line in done.stdout.splitlines() if line.startswith("Done ")]
+        found[kind] = {"exit": done.returncode, "told": "".join(told[-1:]), "kept": len(list(seeds.iterdir()))}
     return found
 
 
