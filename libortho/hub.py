@@ -6,7 +6,7 @@
 __all__ = ['INDEX', 'SPARSE', 'CARD', 'split_layers', 'base_tensors', 'compartment_tensors', 'save', 'Files', 'take_up', 'unlock',
            'export_base', 'save_pretrained_of', 'register']
 
-# %% ../nbs/api/12b_hub.ipynb #5f1055b5
+# %% ../nbs/api/12b_hub.ipynb #be557d28
 import importlib.abc
 import importlib.util
 import json
@@ -29,7 +29,7 @@ from .linear import OrthoLinear, compartments, ortho_layers
 from .locks import check_key, seal, unseal
 from .streams import Compartment
 
-# %% ../nbs/api/12b_hub.ipynb #e3c87f2e
+# %% ../nbs/api/12b_hub.ipynb #9251e688
 INDEX = ".safetensors.index.json"
 SPARSE = tuple(f"{part}_" for part in PARTS)
 
@@ -83,7 +83,7 @@ def _write_compartment(layers: dict, name: str, i: int, folder: Path, key: str |
     if key is None: return write_tensors(folder, f"compartment-{i:02d}", tensors)
     return write_file(folder, f"compartment-{i:02d}", ".locked", lambda part: part.write_bytes(seal(to_bytes(tensors), key, name)))
 
-# %% ../nbs/api/12b_hub.ipynb #8ba1663f
+# %% ../nbs/api/12b_hub.ipynb #7fbaea43
 def save(
     model: nn.Module,  # a split transformers model
     folder: Path | str,  # where; made if it is not there. A split model that is there is replaced in one step
@@ -203,7 +203,7 @@ def _write_rest(model, folder: Path, tok, saved: Saved, report: str) -> None:
     bits = "/".join(sorted({str(b) for b, _, _ in saved.layers.values()}))
     replace_text(folder / "README.md", CARD.format(made_by=saved.made_by, bits=bits, rows=rows or "| none | | |", report=report and f"\n{report}\n"))
 
-# %% ../nbs/api/12b_hub.ipynb #9be33348
+# %% ../nbs/api/12b_hub.ipynb #7f06e164
 @dataclass
 class Files:
     "Where a loaded model is from."
@@ -256,7 +256,7 @@ def _put(layers: dict[str, OrthoLinear], found: dict[str, dict], saved: Saved) -
         alphas = {c.name: c.alpha for c in saved.compartments} | layer.alphas
         layer.put_compartments({n: here[n] for n in sorted(here, key=lambda n: order.index(n) if n in order else len(order))}, alphas)
 
-# %% ../nbs/api/12b_hub.ipynb #7b5923d1
+# %% ../nbs/api/12b_hub.ipynb #450092bf
 def unlock(
     model: nn.Module,  # loaded from a folder with a locked compartment
     name: str,  # of the compartment

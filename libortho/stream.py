@@ -14,7 +14,8 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,12 +24,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .files import NAMES, OURS, PARTS, SIZES, Entry, FileError, FileInfo, Saved, SavedCompartment, _sync, check_file
-from .files import check_name, check_tensors, commit, config_digest, one_at_a_time, read_header, read_json
-from .files import replace_text, write_file
+from .files import NAMES, OURS, PARTS, SIZES, Entry, FileError, FileInfo, Saved, SavedCompartment, _sync
+from .files import check_file, check_name, check_tensors, commit, config_digest, one_at_a_time, read_header
+from .files import read_json, replace_text, write_file
 from .hub import INDEX, _config, _made_by, _write_rest
-from .lattice import PROJECTIONS, check_group_size, check_weight, dequantize, fit_scales, lies_on_lattice, natural
-from .lattice import pack
+from .lattice import PROJECTIONS, check_group_size, check_weight, dequantize, fit_scales, lies_on_lattice
+from .lattice import natural, pack
 from .linear import find_linears
 from .noise import attack
 from .sieve import SIEVES, _top_k_mask, keep_top, resolve_density
@@ -56,10 +57,10 @@ def _shards(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
     if one.is_file(): return [one], None
     if not index.is_file():
         other = next((f.name for pattern in OTHERS for f in sorted(folder.glob(pattern))), None)
-        has = f"{other}, which is not read as it may run code; save it anew with model.save_pretrained" if other else "neither"
+        has = "neither" if not other else f"{other}, which is not read as it may run code; save it with model.save_pretrained"
         raise ValueError(f"source {str(folder)!r} must hold {one.name} or {index.name}, it has {has}")
     claimed = read_json(index.read_bytes(), index).get("weight_map")
-    if not isinstance(claimed, dict) or not claimed: raise FileError(f"{index}: weight_map must name each tensor's file")
+    if not claimed or not isinstance(claimed, dict): raise FileError(f"{index}: weight_map must name every tensor's file")
     return [folder / name for name in sorted({check_name(n, index) for n in claimed.values()})], claimed
 
 # %% ../nbs/api/12d_stream.ipynb #b80de8ee
@@ -70,11 +71,12 @@ def checkpoint(
     (files, claimed), found = _shards(folder), {}
     for file in files:
         for name, entry in read_header(file).items():
-            if name in found: raise FileError(f"{file} holds {name!r}, which {found[name][0].name} holds too; one is not of this model")
-            if claimed and claimed.get(name) != file.name: raise FileError(f"{file} holds {name!r}, which the index puts elsewhere or nowhere")
+            if name in found: raise FileError(f"{file} holds {name!r}, which {found[name][0].name} holds too; remove one")
+            if claimed and claimed.get(name) != file.name:
+                raise FileError(f"{file} holds {name!r}, which the index puts elsewhere or nowhere; take both from their source")
             found[name] = file, entry
-    for name, file in (claimed or {}).items():
-        if name not in found: raise FileError(f"{folder / file} lacks {name!r}, which the index says it holds; take it from its source again")
+    lost = next((name for name in claimed or () if name not in found), None)
+    if lost: raise FileError(f"{folder / claimed[lost]} lacks {lost!r}, which the index says it holds; it is another model's")
     return found
 
 
@@ -87,11 +89,11 @@ def read_tensor(
 
 # %% ../nbs/api/12d_stream.ipynb #b4adccdd
 def _check_config(folder: Path) -> None:
-    file = folder / "config.json"
-    if not file.is_file(): raise ValueError(f"source {str(folder)!r} has no config.json; name a folder that save_pretrained wrote")
-    told, why = read_json(file.read_bytes(), file), {"quantization_config": "is quantized already", "transformers_weights": "renames its weights"}
-    for key in why:
-        if told.get(key): raise ValueError(f"source {str(folder)!r} {why[key]} ({key} in config.json); name the float model")
+    file, name = folder / "config.json", f"source {str(folder)!r}"
+    if not file.is_file(): raise ValueError(f"{name} has no config.json; name a folder that save_pretrained wrote")
+    told = read_json(file.read_bytes(), file)
+    for key, what in (("quantization_config", "is quantized already"), ("transformers_weights", "renames its weights")):
+        if told.get(key): raise ValueError(f"{name} {what} ({key} in config.json); name the float model")
 
 
 def meta_model(
@@ -124,11 +126,11 @@ def _by_model_name(model: nn.Module, found: dict) -> dict[str, str]:
         if name not in wanted: strange.append(key)
         elif merged: raise ValueError(f"source stores {name!r} in pieces ({key!r}), which only loading puts together; "
                                       "load the model and call libortho.patch and libortho.save")
-        elif name in named: raise FileError(f"{found[key][0]}: {key!r} and {named[name]!r} are both {name!r} in the model")
+        elif name in named: raise FileError(f"{found[key][0]}: {key!r} and {named[name]!r} are both {name!r}; remove one")
         else: named[name] = key
-    known = "|".join([*(model._keys_to_ignore_on_load_unexpected or []), r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"])
-    strange = [key for key in strange if not re.search(known, key)]
-    if strange: warnings.warn(f"{len(strange)} tensors are left out, as the model has them not (first: {strange[0]})", stacklevel=4)
+    known = [*(model._keys_to_ignore_on_load_unexpected or []), r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"]
+    strange = [key for key in strange if not re.search("|".join(known), key)]
+    if strange: warnings.warn(f"{len(strange)} tensors are not the model's and left out (first: {strange[0]})", stacklevel=5)
     return named
 
 # %% ../nbs/api/12d_stream.ipynb #2488831e
@@ -145,13 +147,13 @@ def _kept(model: nn.Module, found: dict) -> dict[str, str]:
     tensor = lambda name: read_tensor(found[named[name]], named[name]).to(state[name].dtype)
     for names in _names_of(model):
         there = [n for n in names if n in named]
-        if not there: raise FileError(f"source lacks {names[0]!r} in every file; one is missing, or it is another model's")
+        if not there: raise FileError(f"source lacks {names[0]!r} in every file; a file is missing or another model's")
         kept[names[0]] = named[there[0]]
         kept |= {n: named[n] for n in there[1:] if not torch.equal(tensor(there[0]), tensor(n))}
     for name, key in kept.items():
         (file, entry), t = found[key], state[name]
-        dtype = entry.dtype if t.is_floating_point() and entry.dtype in ("F64", "F32", "F16", "BF16") else NAMES[t.dtype]
-        check_tensors(file, {key: entry}, {key: Entry(dtype, tuple(t.shape))})
+        floats = t.is_floating_point() and entry.dtype in ("F64", "F32", "F16", "BF16")
+        check_tensors(file, {key: entry}, {key: Entry(entry.dtype if floats else NAMES[t.dtype], tuple(t.shape))})
     return {n: kept[n] for n in state if n in kept}
 
 # %% ../nbs/api/12d_stream.ipynb #e5e3d478
@@ -178,9 +180,9 @@ class Plan:
 
     def reads(self, name: str) -> int:
         "Bytes that are read for a tensor of the base; a layer's weight counts for its integers."
+        if name in self.kept: return nbytes(self.found[self.kept[name]][1])
         layer, _, leaf = name.rpartition(".")
-        if layer in self.layers and leaf == "scales": return 0
-        return nbytes(self.found[self.kept[f"{layer}.weight" if layer in self.layers and leaf == "packed" else name]][1])
+        return nbytes(self.found[self.kept[f"{layer}.weight"]][1]) if leaf == "packed" else 0
 
 # %% ../nbs/api/12d_stream.ipynb #1227ffa4
 def _check_policy(cfg: OrthoConfig) -> None:
@@ -188,16 +190,19 @@ def _check_policy(cfg: OrthoConfig) -> None:
 
     for what, names in NEED_TEXTS.items():
         if (value := getattr(cfg, what)) in names:
-            raise ValueError(f"{what} {value!r} of cfg needs texts, which a stream has not; load the model and call libortho.decompose")
+            raise ValueError(f"{what} {value!r} of cfg needs texts, which a stream has not; "
+                             "load the model and call libortho.decompose")
 
 
-def _check_layer(model: nn.Module, name: str, linear: nn.Linear, cfg: OrthoConfig) -> None:
+def _check_layers(model: nn.Module, linears: dict[str, nn.Linear], cfg: OrthoConfig) -> None:
     "Raise ValueError for a layer that cannot be split, or not in the dtype in which the model holds it."
-    check_group_size(cfg.group_size, linear.in_features, name)
-    others = [n for names in _names_of(model) if f"{name}.weight" in names for n in names if n != f"{name}.weight"]
-    if others: raise ValueError(f"{name!r} shares its weight with {others[0]!r}, which only libortho.patch can split; leave it out of targets")
-    if any(re.search(pattern, f"{name}.weight") for pattern in model._get_dtype_plan(model.dtype)):
-        raise ValueError(f"{name!r} stays in float32 in a model of {model.dtype}; leave it out of targets")
+    tied, wide = {n: names for names in _names_of(model) for n in names}, model._get_dtype_plan(model.dtype)
+    for name, linear in linears.items():
+        check_group_size(cfg.group_size, linear.in_features, name)
+        other = next((n for n in tied[f"{name}.weight"] if n != f"{name}.weight"), None)
+        if other: raise ValueError(f"{name!r} shares its weight with {other!r}; leave it out of targets, or use libortho.patch")
+        if any(re.search(pattern, f"{name}.weight") for pattern in wide):
+            raise ValueError(f"{name!r} stays in float32 in a model of {model.dtype}; leave it out of targets")
 
 
 def _sparse(name: str, w: Tensor, cfg: OrthoConfig) -> dict[str, Entry]:
@@ -223,9 +228,10 @@ def plan(
     _check_config(folder)
     found = checkpoint(folder)
     model = meta_model(folder, found)
+    linears = find_linears(model, cfg.targets)
+    _check_layers(model, linears, cfg)
     job = Plan(cfg, found, model, _kept(model, found))
-    for name, linear in find_linears(model, cfg.targets).items():
-        _check_layer(model, name, linear, cfg)
+    for name, linear in linears.items():
         out, width = linear.weight.shape
         sizes = {"tensor": (1, 1), "row": (out, 1)}.get(cfg.group_size) or (out, width // cfg.group_size)
         job.layers[name], job.dtypes[name] = [cfg.bits, *sizes], linear.weight.dtype
@@ -253,8 +259,8 @@ def layout(
         header[name] = {"dtype": entries[name].dtype, "shape": list(entries[name].shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    start = 8 + len(text)
-    return len(text).to_bytes(8, "little") + text, {n: start + header[n]["data_offsets"][0] for n in entries}, start + end
+    text = len(text).to_bytes(8, "little") + text
+    return text, {n: len(text) + header[n]["data_offsets"][0] for n in entries}, len(text) + end
 
 
 def place(
@@ -281,11 +287,11 @@ class Best:
         first: int,  # index of its first weight; larger than all before
     ) -> None:
         "Take up a piece."
-        if not math.isfinite(score.amax()): raise ValueError("score holds NaN or infinite values; there is no order among them")
+        if not math.isfinite(score.amax()): raise ValueError("score holds NaN or infinite values; they have no order")
         at = (score > self.edge).nonzero().flatten()
         self.pieces.append((score[at], at + first))
         self.count += len(at)
-        if self.count > 2 * self.k + BLOCK: self.cut()
+        if self.count > self.k + max(self.k // 4, BLOCK): self.cut()
 
     def cut(self) -> tuple[Tensor, Tensor]:  # score and index of each, by index
         "Drop what is not among the `k` highest of those that came."
@@ -322,18 +328,31 @@ def _attack(w: Tensor, q: Tensor, s: Tensor, at: Tensor, cfg: OrthoConfig, name:
     q.view(-1)[at] = p[:, 0]
 
 # %% ../nbs/api/12d_stream.ipynb #83b2623d
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    "A block is too small to be shared: on a busy machine threads would wait for one another most of the time."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(before)
+
+
 def split_in_blocks(
     w: Tensor,  # weight [out, in], any float dtype, on the CPU
     cfg: OrthoConfig = OrthoConfig(),  # a policy that needs no texts
     name: str = "weight",  # layer name, for errors and the noise's seed
 ) -> Streams:  # base and one compartment, without counts
     "The same base and compartment as `streams.split`, in less memory and time."
-    (out, width), whole = w.shape, cfg.group_size == "tensor"
+    fit = lambda part: fit_scales(part, cfg.scale, cfg.bits, cfg.group_size, name, **cfg.scale_args)
+    s = [fit(w)] if cfg.group_size == "tensor" else []
+    with _one_thread(): return _split(w, cfg, name, fit, s)
+
+# %% ../nbs/api/12d_stream.ipynb #cdb89b47
+def _split(w: Tensor, cfg: OrthoConfig, name: str, fit: Callable, s: list[Tensor]) -> Streams:
+    (out, width), whole = w.shape, bool(s)
     n = max(1, min(out // 2, -(-w.numel() // BLOCK)))  # never a row alone: it would be summed in another order
     blocks = lambda t: t.tensor_split(n)
-    if not all(part.isfinite().all() for part in blocks(w)): check_weight(w, name)
-    fit = lambda part: fit_scales(part, cfg.scale, cfg.bits, cfg.group_size, name, **cfg.scale_args)
-    q, s = torch.empty(w.shape, dtype=torch.int8), [fit(w)] if whole else []
+    q, packed = torch.empty(w.shape, dtype=torch.int8), torch.empty(out, (width + 1) // 2, dtype=torch.uint8)
 
     def rounded() -> Iterator[tuple[Tensor, Tensor]]:
         for part, here in zip(blocks(w), blocks(q)):
@@ -341,15 +360,16 @@ def split_in_blocks(
             here.copy_(PROJECTIONS[cfg.projection](part, s[-1], cfg.bits))
             yield part, dequantize(here, s[-1])
 
-    stored, attacked = _choose(rounded(), w.numel(), cfg)
-    scales, packed = torch.cat(s), torch.empty(out, (width + 1) // 2, dtype=torch.uint8)
+    try: stored, attacked = _choose(rounded(), w.numel(), cfg)
+    except ValueError: check_weight(w, name); raise  # the error then counts what is wrong in all of it
+    scales = torch.cat(s)
     _attack(w, q, scales, attacked, cfg, name)
     for here, part in zip(blocks(packed), blocks(q)): here.copy_(pack(part))
     crow = torch.nn.functional.pad(torch.bincount(stored // width, minlength=out).cumsum(0), (1, 0)).to(torch.int32)
     memory = Compartment(crow, (stored % width).to(torch.int32), w.flatten()[stored], width)
     return Streams(Base(packed, scales.bfloat16(), width, cfg.bits), {cfg.compartment: memory})
 
-# %% ../nbs/api/12d_stream.ipynb #8876535c
+# %% ../nbs/api/12d_stream.ipynb #e932058a
 PROGRESS, FILLING = ".libortho-stream-progress.part", ".libortho-stream-compartment.part"
 
 
@@ -358,7 +378,8 @@ def source_key(
     folder: Path,  # the source
 ) -> str:  # 32 hex digits
     "A digest of the policy and of what the source looks like."
-    digest = hashlib.blake2b(json.dumps([_made_by(), torch.__version__, job.cfg.to_dict(), job.shards]).encode(), digest_size=16)
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(json.dumps([_made_by(), torch.__version__, job.cfg.to_dict(), job.shards]).encode())
     for file in sorted({f for f, _ in job.found.values()} | {folder / "config.json"}):
         stat = file.stat()
         with file.open("rb") as f:
@@ -366,19 +387,21 @@ def source_key(
         digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns} {len(head)} ".encode() + head)
     return digest.hexdigest()
 
-
+# %% ../nbs/api/12d_stream.ipynb #f2613e20
 def _resume(job: Plan, out: Path, key: str, header: bytes, size: int) -> list[FileInfo]:
     "The shards that an earlier run finished. If there is none, the compartment's file is made anew."
     done = []
     try:
         told = read_json((out / PROGRESS).read_bytes(), out / PROGRESS)
         with (out / FILLING).open("rb") as f: same = f.read(len(header)) == header and f.seek(0, os.SEEK_END) == size
-        for info in told["shards"] if same and told["key"] == key else []:
-            check_file(out, FileInfo(*info))
-            done.append(FileInfo(*info))
-        job.on_lattice = list(told["on_lattice"]) if done else []
+        if same and told["key"] == key:
+            job.on_lattice = list(told["on_lattice"])
+            for info in told["shards"]:
+                check_file(out, FileInfo(*info))
+                done.append(FileInfo(*info))
     except (OSError, FileError, KeyError, TypeError): pass
     if not done:
+        job.on_lattice = []
         (out / PROGRESS).unlink(missing_ok=True)  # first, so that it never speaks of another file
         _sync(out)
         with (out / FILLING).open("wb") as f:
@@ -389,16 +412,16 @@ def _resume(job: Plan, out: Path, key: str, header: bytes, size: int) -> list[Fi
 
 def _clear(out: Path, done: list[FileInfo]) -> None:
     "Remove what earlier runs left, but nothing of a model that is there, and nothing that is noted."
-    try: old = json.loads((out / "config.json").read_bytes())["quantization_config"]["files"]
-    except FileNotFoundError: old = {}
-    except (ValueError, KeyError, TypeError): return
-    keep = {*old, *(info.name for info in done), PROGRESS, FILLING}
+    keep = {*(info.name for info in done), PROGRESS, FILLING}
+    try: keep |= set(json.loads((out / "config.json").read_bytes())["quantization_config"]["files"])
+    except FileNotFoundError: pass
+    except (ValueError, KeyError, TypeError): return  # whose model it is cannot be told
     for file in out.iterdir():
         if not OURS.fullmatch(file.name) or file.name in keep: continue
         if file.is_dir(): shutil.rmtree(file, ignore_errors=True)
         else: file.unlink(missing_ok=True)
 
-# %% ../nbs/api/12d_stream.ipynb #f2613e20
+# %% ../nbs/api/12d_stream.ipynb #7d99f379
 def _split_layer(job: Plan, layer: str, sparse) -> Base:
     "Split one layer, write its part of the compartment, and return its base."
     key, (f, at) = job.kept[f"{layer}.weight"], sparse
@@ -423,15 +446,15 @@ def _write_shard(job: Plan, names: list[str], file: Path, sparse, bar) -> None:
             else: place(f, at[name], read_tensor(job.found[job.kept[name]], job.kept[name]))
             bar.update(job.reads(name))
 
-# %% ../nbs/api/12d_stream.ipynb #d05e90e3
+# %% ../nbs/api/12d_stream.ipynb #f24c5cee
 def _write_shards(job: Plan, out: Path, key: str, progress: bool) -> list[FileInfo]:
     "The base's files that are not there yet, its index, and the compartment's file."
     header, at, size = layout(job.sparse)
     done = _resume(job, out, key, header, size)
     _clear(out, done)
     todo = [sum(map(job.reads, names)) for names in job.shards]
-    bar = tqdm(desc="splitting", total=sum(todo), initial=sum(todo[:len(done)]), unit="B", unit_scale=True, disable=not progress)
-    with bar, (out / FILLING).open("r+b") as f:
+    bar = {"desc": "splitting", "total": sum(todo), "initial": sum(todo[:len(done)]), "unit": "B", "unit_scale": True}
+    with tqdm(**bar, disable=not progress) as bar, (out / FILLING).open("r+b") as f:
         for i in range(len(done), len(todo)):
             write = lambda part: _write_shard(job, job.shards[i], part, (f, at), bar)
             done.append(write_file(out, f"base-{i + 1:05d}", ".safetensors", write))
@@ -445,21 +468,25 @@ def _write_shards(job: Plan, out: Path, key: str, progress: bool) -> list[FileIn
     return [write_file(out, "base-index", INDEX, lambda part: part.write_text(text)), *done,
             write_file(out, "compartment-00", ".safetensors", lambda part: shutil.copyfile(out / FILLING, part))]
 
-# %% ../nbs/api/12d_stream.ipynb #7d99f379
+# %% ../nbs/api/12d_stream.ipynb #943d95ce
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken",
              "chat_template*")
+
+
+def _copy_tokenizer(folder: Path, out: Path) -> None:
+    for file in {f for pattern in TOKENIZER for f in folder.glob(pattern) if f.is_file()}: shutil.copyfile(file, out / file.name)
 
 
 def _check_out(out: Path, folder: Path) -> None:
     if out.resolve() == folder.resolve(): raise ValueError(f"out {str(out)!r} is the source; name another folder")
     if out.exists() and not out.is_dir(): raise ValueError(f"out {str(out)!r} is a file; name a folder")
-    foreign = [f.name for f in out.glob("*") if f.name.startswith(("model", "pytorch_model")) and f.suffix in (".safetensors", ".bin")]
+    foreign = [f.name for f in out.glob("*model*") if re.fullmatch(r"(pytorch_)?model.*\.(safetensors|bin)", f.name)]
     if foreign: raise ValueError(f"out {str(out)!r} holds another model ({foreign[0]}); name an empty folder")
 
-
+# %% ../nbs/api/12d_stream.ipynb #fb14f7d3
 def stream_decompose(
     source: Path | str,  # folder of a float model with *.safetensors, or its name on the Hugging Face hub
-    out: Path | str,  # folder of the split model; made if it is not there. A split model that is there is replaced in one step
+    out: Path | str,  # folder of the split model; made if it is not there, and an old one in it replaced in one step
     cfg: OrthoConfig = OrthoConfig(),  # how, and which layers: a policy that needs no texts
     max_shard_size: int | str = "512MB",  # of the base's files; after each one the work so far is safe
     progress: bool = True,  # show a progress bar
@@ -472,15 +499,15 @@ def stream_decompose(
     out.mkdir(parents=True, exist_ok=True)
     with one_at_a_time(out):
         index, *_, memory = files = _write_shards(job, out, key, progress)
-        if source_key(job, folder) != key: raise FileError(f"{folder} has changed while it was read; call it again to begin anew")
+        if source_key(job, folder) != key: raise FileError(f"{folder} has changed while it was read; call it again")
         stored = sum(math.prod(e.shape) for n, e in job.sparse.items() if n.endswith(".values"))
         saved = Saved(index.name, job.layers, [SavedCompartment(cfg.compartment, memory.name, stored)],
                       {f.name: [f.bytes, f.sha256] for f in files}, json.loads(cfg.to_json()), _made_by())
         _write_rest(job.model, out, None, saved, "")
-        for file in {f for pattern in TOKENIZER for f in folder.glob(pattern) if f.is_file()}: shutil.copyfile(file, out / file.name)
+        _copy_tokenizer(folder, out)
         saved.digest = config_digest(_config(job.model) | {"quantization_config": saved.to_dict()})
         commit(out, _config(job.model) | {"quantization_config": saved.to_dict()}, {f.name for f in files})
     if job.on_lattice:
-        warnings.warn(f"{len(job.on_lattice)} of {len(job.layers)} layers already lie on a 4-bit lattice of groups of 32 (first: "
-                      f"{job.on_lattice[0]}); a base on that same lattice would undo fine-tuning by itself", stacklevel=2)
+        warnings.warn(f"{len(job.on_lattice)} of {len(job.layers)} layers already lie on a 4-bit lattice of groups of 32 "
+                      f"(first: {job.on_lattice[0]}); a base on that same lattice would undo fine-tuning by itself", stacklevel=2)
     return saved

@@ -180,7 +180,7 @@ def test_names_are_brought_up_to_date_as_transformers_does(tmp_path):
         stream_decompose(tmp_path / "source", tmp_path / "out", cfg, progress=False)
     assert same(tmp_path / "out", by_hand(tmp_path / "source", tmp_path / "by hand", cfg))
     rewrite(tmp_path / "source", lambda t: t.update(more=torch.ones(1)))
-    with pytest.warns(UserWarning, match="1 tensors are left out, as the model has them not .first: more"):
+    with pytest.warns(UserWarning, match="1 tensors are not the model's and left out .first: more"):
         stream_decompose(tmp_path / "source", tmp_path / "out", cfg, progress=False)
 
 
@@ -429,7 +429,7 @@ def test_scores_that_rise_are_cut_as_they_come():
     score = (torch.rand(3 * stream.BLOCK, generator=gen).sort().values * 1e4).round()
     for first in range(0, len(score), 5000):
         best.add(score[first : first + 5000], first)
-        assert best.count <= 2 * best.k + stream.BLOCK + 5000
+        assert best.count <= best.k + stream.BLOCK
     at = best.cut()[1]
     wanted = sorted(range(len(score)), key=lambda i: (-score[i].item(), i))[:1000]
     assert at.tolist() == sorted(wanted)
@@ -631,7 +631,7 @@ def test_a_source_that_changes_meanwhile_is_not_mixed(tidy, tmp_path, monkeypatc
         return real(job, layer, sparse)
 
     monkeypatch.setattr(stream, "_split_layer", meddle)
-    with pytest.raises(FileError, match="has changed while it was read; call it again to begin anew"):
+    with pytest.raises(FileError, match="has changed while it was read; call it again"):
         stream_decompose(source, tmp_path / "out", lo.OrthoConfig(**POLICY), "4KB", progress=False)
     assert not (tmp_path / "out/config.json").exists()
 

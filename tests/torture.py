@@ -164,6 +164,24 @@ def kill_decompose(n, folder):
         yield "" if fingerprint(again) == fingerprint(whole) else "another result than without the kill", cut
 
 
+@trial("decompose a checkpoint on the disk", "SIGKILL at a random moment, then again")
+def kill_stream(n, folder):
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=256, **sizes)).save_pretrained(folder / "float", max_shard_size="100KB")
+
+    def work(out):
+        lo.stream_decompose(folder / "float", out, OrthoConfig(scale="max"), max_shard_size="20KB", progress=False)
+
+    held = lambda out: {f.name: f.read_bytes() for f in out.iterdir()}
+    seconds = took(lambda: work(folder / "whole"))
+    for i in range(n):
+        out = folder / str(i)
+        cut = killed(lambda to=out: work(to), random.random() * 1.2 * seconds)
+        work(out)
+        yield "" if held(out) == held(folder / "whole") else "other files than without the kill", cut
+
+
 @trial("save", "the disk is full")
 def full_disk(n, folder):
     old, new = small(0), small(1)
