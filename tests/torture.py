@@ -173,13 +173,15 @@ def kill_stream(n, folder):
     def work(out):
         lo.stream_decompose(folder / "float", out, OrthoConfig(scale="max"), max_shard_size="20KB", progress=False)
 
-    held = lambda out: {f.name: f.read_bytes() for f in out.iterdir()}
+    def files(out):
+        return {f.name: f.read_bytes() for f in out.iterdir()}
+
     seconds = took(lambda: work(folder / "whole"))
     for i in range(n):
         out = folder / str(i)
         cut = killed(lambda to=out: work(to), random.random() * 1.2 * seconds)
         work(out)
-        yield "" if held(out) == held(folder / "whole") else "other files than without the kill", cut
+        yield "" if files(out) == files(folder / "whole") else "other files than without the kill", cut
 
 
 @trial("save", "the disk is full")
