@@ -391,7 +391,7 @@ def doctor() -> None:
     for what, told in found.items(): out.print(f"{what:<16} {told}", markup=False)
     raise typer.Exit(any(told.startswith("failed") for told in found.values()))
 
-# %% ../nbs/api/15_cli.ipynb #871a202f
+# %% ../nbs/api/15_cli.ipynb #fb8486d9
 def _plainly(work) -> None:
     "Do it; what goes wrong is one line and exit code 2, an interruption 130."
     try: work()
@@ -426,7 +426,7 @@ def decompose(
         from libortho.stream import stream_decompose
         from libortho.streams import OrthoConfig
 
-        group = int(group_size) if group_size.isdigit() else group_size
+        group = int(group_size) if group_size.isdecimal() else group_size
         cfg = OrthoConfig(bits, group, scale, sieve=sieve, density=density, noise=noise, compartment=compartment,
                           targets=tuple(targets) if targets else "all-linear", seed=seed)
         stream_decompose(source, out, cfg, max_shard_size)
@@ -434,7 +434,7 @@ def decompose(
 
     _plainly(work)
 
-# %% ../nbs/api/15_cli.ipynb #88bf72ac
+# %% ../nbs/api/15_cli.ipynb #ca1ba3ad
 @app.command()
 def show(folder: Annotated[Path, typer.Argument(help="Folder of a saved split model.")]) -> None:
     "Say what a saved model holds, and check that its files are those that were saved. Exit code 2: one is not."
@@ -444,7 +444,9 @@ def show(folder: Annotated[Path, typer.Argument(help="Folder of a saved split mo
 def _show(folder: Path) -> None:
     from rich.table import Table
 
-    from libortho.files import FileError, Saved, check_config, check_file, read_json
+    from rich.markup import escape
+
+    from libortho.files import FileError, Saved, check_config, check_file, read_json, strays
 
     file, out = folder / "config.json", Console(soft_wrap=True, highlight=False)
     if not file.is_file(): raise FileError(f"{file} is missing; name the folder of a saved split model")
@@ -454,14 +456,16 @@ def _show(folder: Path) -> None:
     check_config(file)
     sparse = {c.file for c in saved.compartments}
     base = [check_file(folder, saved.info(name)) for name in saved.files if name not in sparse]
-    out.print(f"{saved.made_by}: {len(saved.layers)} split layers, base {sum(f.stat().st_size for f in base) / 1e6:,.1f} MB")
+    out.print(f"{escape(saved.made_by)}: {len(saved.layers)} split layers, base {sum(f.stat().st_size for f in base) / 1e6:,.1f} MB")
     table = Table("compartment", "weights", "α", "MB", "file")
     for c in saved.compartments:
         there = (folder / c.file).is_file()
         if there: check_file(folder, saved.info(c.file))
         state = "withheld" if not there else "locked" if c.locked else "open"
-        table.add_row(c.name, f"{c.weights:,}", f"{c.alpha:g}", f"{saved.files[c.file][0] / 1e6:,.2f}", state)
+        table.add_row(escape(c.name), f"{c.weights:,}", f"{c.alpha:g}", f"{saved.files[c.file][0] / 1e6:,.2f}", state)
     if saved.compartments: out.print(table)
+    left = strays(folder, set(saved.files))
+    if left: raise FileError(f"{folder} holds {len(left)} files of an interrupted save, such as {left[0].name}; save again, or remove them")
 
 # %% ../nbs/api/15_cli.ipynb #25cada63
 def main() -> None:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SIZES', 'NAMES', 'LONGEST', 'OURS', 'PARTS', 'FORMAT', 'FileError', 'Entry', 'read_json', 'read_header',
            'check_tensors', 'check_name', 'FileInfo', 'sha256', 'check_file', 'check_size', 'write_file',
-           'write_tensors', 'replace_text', 'one_at_a_time', 'commit', 'check_csr', 'read_compartment',
-           'SavedCompartment', 'Saved', 'config_digest', 'check_config']
+           'write_tensors', 'replace_text', 'one_at_a_time', 'commit', 'strays', 'clear', 'check_csr',
+           'read_compartment', 'SavedCompartment', 'Saved', 'config_digest', 'check_config']
 
 # %% ../nbs/api/12_files.ipynb #589948de
 import hashlib
@@ -47,11 +47,11 @@ NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch
          torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
 LONGEST = 100_000_000  # bytes of a header; safetensors' own limit
 
-# %% ../nbs/api/12_files.ipynb #37512a30
+# %% ../nbs/api/12_files.ipynb #dccf0626
 def _no_doubles(file: Path) -> Callable:
     def pairs(found: list[tuple]) -> dict:
-        keys = [k for k, _ in found]
-        double = next((k for k in keys if keys.count(k) > 1), None) if len(set(keys)) < len(keys) else None
+        seen, double = set(), None
+        for key, _ in found: double = key if key in seen else seen.add(key) or double
         if double is not None: raise FileError(f"{file} has the key {double!r} twice; it is damaged or was made to mislead")
         return dict(found)
 
@@ -222,7 +222,7 @@ def write_tensors(
         seen.add(at)
     return write_file(folder, stem, ".safetensors", lambda part: save_file(ready, part, metadata={"format": "pt"}))
 
-# %% ../nbs/api/12_files.ipynb #ca1f59a5
+# %% ../nbs/api/12_files.ipynb #8159968d
 def replace_text(
     file: Path,  # is there afterwards, in whole
     text: str,  # what it will hold
@@ -239,7 +239,10 @@ def replace_text(
 def one_at_a_time(
     folder: Path,  # of a model
 ) -> Iterator[None]:
-    "Saves into the same folder wait for one another; a process that dies lets go. Some folders share a lock."
+    """Saves into the same folder wait for one another; a process that dies lets go. Some folders share a lock.
+
+    The locks lie in this user's cache: another machine or user that writes into the same folder is not waited for.
+    """
     locks = cache_dir() / "locks"
     locks.mkdir(parents=True, exist_ok=True)
     with FileLock(locks / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:2]}.lock"): yield
@@ -250,10 +253,27 @@ def commit(
     config: dict,  # the new config.json
     named: set[str],  # the files it names
 ) -> None:
-    "Make the new model the one that counts, and clear away what no model names."
+    "Make the new model the one that counts, and clear away what it does not name. Raises FileError if a file is gone."
+    gone = next((name for name in sorted(named) if not (folder / name).is_file()), None)
+    if gone: raise FileError(f"{folder / gone} was removed while the model was written; does another machine save there?")
     replace_text(folder / "config.json", json.dumps(config, indent=1, sort_keys=True) + "\n")
-    for file in folder.iterdir():
-        if not OURS.fullmatch(file.name) or file.name in named: continue
+    clear(folder, named)
+
+
+def strays(
+    folder: Path,  # of a model
+    named: set[str],  # the files that count
+) -> list[Path]:  # the others of ours
+    "What an interrupted save has left."
+    return [f for f in sorted(folder.iterdir()) if OURS.fullmatch(f.name) and f.name not in named]
+
+
+def clear(
+    folder: Path,  # of a model, under `one_at_a_time`
+    named: set[str],  # the files that count
+) -> None:
+    "Remove what an interrupted save has left."
+    for file in strays(folder, named):
         if file.is_dir(): shutil.rmtree(file, ignore_errors=True)
         else: file.unlink(missing_ok=True)
 

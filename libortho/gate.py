@@ -28,18 +28,20 @@ class Gate:
     "Many passes, or one change."
 
     def __init__(self):
-        self.changed, self.inside, self.waiting = threading.Condition(threading.RLock()), [], 0
+        self.changed, self.inside, self.waiting = threading.Condition(threading.RLock()), [], []
 
     def _others(self) -> bool:
         "Is a pass of another thread on its way? A thread that changes switches within its own pass means it."
         self.inside = [(frame, thread) for frame, thread in self.inside if _runs(frame, thread)]
-        return any(thread != threading.get_ident() for _, thread in self.inside)
+        return any(thread not in self.waiting for _, thread in self.inside)
 
     def enter(self, frame: FrameType) -> None:
         "Begin a pass, when no change is waiting; a pass within a pass goes on."
         me = threading.get_ident()
         with self.changed:
-            while self.waiting and not any(thread == me for _, thread in self.inside): self.changed.wait(0.05)
+            self.inside = [(f, thread) for f, thread in self.inside if _runs(f, thread)]
+            while self.waiting and me not in self.waiting and not any(thread == me for _, thread in self.inside):
+                self.changed.wait(0.05)
             self.inside.append((frame, me))
 
     def leave(self) -> None:
@@ -54,12 +56,12 @@ class Gate:
     def alone(self) -> Iterator[None]:
         "Wait for the passes that are on their way, and keep others out."
         with self.changed:
-            self.waiting += 1
+            self.waiting.append(threading.get_ident())
             try:
                 while self._others(): self.changed.wait(0.05)
                 yield
             finally:
-                self.waiting -= 1
+                self.waiting.remove(threading.get_ident())
                 self.changed.notify_all()
 
 # %% ../nbs/api/05b_gate.ipynb #e40b07f4
@@ -70,8 +72,12 @@ _MAKING = threading.Lock()
 def gate(
     model: nn.Module,  # any
 ) -> Gate:  # the same for the same model
-    "The model's gate."
-    with _MAKING: return _GATES.setdefault(model, Gate())
+    "The model's gate, which its parts share."
+    if (found := _GATES.get(model)) is not None: return found
+    with _MAKING:
+        found = next((_GATES[m] for m in model.modules() if m in _GATES), None) or Gate()
+        for m in model.modules(): _GATES.setdefault(m, found)
+    return found
 
 
 def _enter(model: nn.Module, args: tuple) -> None:

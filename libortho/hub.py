@@ -6,14 +6,15 @@
 __all__ = ['INDEX', 'SPARSE', 'CARD', 'split_layers', 'base_tensors', 'compartment_tensors', 'save', 'Files', 'take_up', 'unlock',
            'export_base', 'save_pretrained_of', 'register']
 
-# %% ../nbs/api/12b_hub.ipynb #be557d28
+# %% ../nbs/api/12b_hub.ipynb #5f1055b5
 import importlib.abc
 import importlib.util
 import json
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -22,8 +23,8 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from .files import PARTS, FileError, FileInfo, Saved, SavedCompartment, check_file, check_size, commit
-from .files import config_digest, one_at_a_time, read_compartment, replace_text, write_file, write_tensors
+from .files import PARTS, FileError, FileInfo, Saved, SavedCompartment, check_file, check_size, clear, commit
+from .files import config_digest, one_at_a_time, read_compartment, read_json, replace_text, write_file, write_tensors
 from .gate import gate, guard
 from .linear import OrthoLinear, compartments, ortho_layers
 from .locks import check_key, seal, unseal
@@ -83,43 +84,67 @@ def _write_compartment(layers: dict, name: str, i: int, folder: Path, key: str |
     if key is None: return write_tensors(folder, f"compartment-{i:02d}", tensors)
     return write_file(folder, f"compartment-{i:02d}", ".locked", lambda part: part.write_bytes(seal(to_bytes(tensors), key, name)))
 
-# %% ../nbs/api/12b_hub.ipynb #7fbaea43
+# %% ../nbs/api/12b_hub.ipynb #8ba1663f
 def save(
     model: nn.Module,  # a split transformers model
     folder: Path | str,  # where; made if it is not there. A split model that is there is replaced in one step
     tok=None,  # tokenizer, to be saved beside it
     leave_out: tuple[str, ...] | list[str] = (),  # compartments that are not written
-    lock: dict[str, str] | None = None,  # passphrase by compartment whose file is encrypted
+    lock: dict[str, str | None] | None = None,  # passphrase by compartment whose file is encrypted; None for plain
     max_shard_size: int | str = "5GB",  # of the base's files
     report: str = "",  # markdown for the model card, such as what was measured
 ) -> Saved:  # what config.json says of it
-    "Write a split model, its switches where they stand. Raises ValueError before anything is written."
+    """Write a split model, its switches where they stand. Raises ValueError before anything is written.
+
+    A compartment that was locked where the model is from, and has been unlocked, needs a word on what shall become of
+    it: `lock={name: passphrase}`, or `lock={name: None}` for plain. Tokenizer, generation settings and model card
+    follow after the model itself has been replaced.
+    """
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
     folder, lock, layers = Path(folder), dict(lock or {}), split_layers(model)
     check_size(max_shard_size)
     waiting = {c.name: c for c in _waiting(model)}
     names = [n for n in _order(model, layers) if n not in leave_out]
     _check_save(model, folder, [*names, *leave_out], leave_out, lock, waiting)
     folder.mkdir(parents=True, exist_ok=True)
-    with one_at_a_time(folder):
+    with one_at_a_time(folder), _cleared_on_error(folder):
         index, shards = _write_base(model, folder, max_shard_size)
         kept, files = [], [index, *shards]
         for i, name in enumerate(names):
             if name in waiting: info, told = _carry_over(model, waiting[name], folder), waiting[name]
             else:
                 info = _write_compartment(layers, name, i, folder, lock.get(name))
-                told = SavedCompartment(name, info.name, _weights(layers, name), _switch(layers, name), name in lock)
+                told = SavedCompartment(name, info.name, _weights(layers, name), _switch(layers, name), lock.get(name) is not None)
             kept.append(SavedCompartment(name, info.name, told.weights, told.alpha, told.locked))
             files.append(info)
         sizes = {n: [layer.bits, *layer.scales.shape] for n, layer in layers.items()}
-        saved = Saved(index.name, sizes, kept, {f.name: [f.bytes, f.sha256] for f in files}, _policy(model, leave_out), _made_by())
-        _write_rest(model, folder, tok, saved, report)
+        saved = Saved(index.name, sizes, kept, {f.name: [f.bytes, f.sha256] for f in files}, _policy(model, names), _made_by())
         saved.digest = config_digest(_config(model) | {"quantization_config": saved.to_dict()})
         commit(folder, _config(model) | {"quantization_config": saved.to_dict()}, {f.name for f in files})
+        _write_rest(model, folder, tok, saved, report)
     return saved
 
-# %% ../nbs/api/12b_hub.ipynb #f0eebdcd
+
+@contextmanager
+def _cleared_on_error(folder: Path) -> Iterator[None]:
+    "Leave nothing of a save that failed: its files may hold what was to be withheld from the next."
+    try: yield
+    except BaseException:
+        clear(folder, _named(folder))
+        raise
+
+
+def _named(folder: Path) -> set[str]:
+    "Files that the folder's config names."
+    file = folder / "config.json"
+    told = read_json(file.read_bytes(), file).get("quantization_config", {}) if file.is_file() else {}
+    return set(told.get("files", {}))
+
+# %% ../nbs/api/12b_hub.ipynb #97df1866
 def _check_save(model, folder: Path, names: list, leave_out, lock: dict, waiting: dict) -> None:
-    if not hasattr(model, "config"): raise ValueError(f"model must be a transformers model with a config, got {type(model).__name__}")
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel): raise ValueError(f"model must be a transformers model, got {type(model).__name__}")
     known = set(_order(model, ortho_layers(model)))
     for what, given in (("leave_out", leave_out), ("lock", lock)):
         unknown = next((n for n in given if n not in known), None)
@@ -128,10 +153,28 @@ def _check_save(model, folder: Path, names: list, leave_out, lock: dict, waiting
         if "repair" in given: raise ValueError(f"{what} names 'repair', which is part of the base; it is never left out or locked")
     both = next((n for n in lock if n in leave_out or n in waiting), None)
     if both is not None: raise ValueError(f"lock names {both!r}, which is {'left out' if both in leave_out else 'locked already'}")
-    for name, key in lock.items(): check_key(key, name)
+    _check_locks(model, folder, leave_out, lock, waiting)
     if folder.exists() and not folder.is_dir(): raise ValueError(f"folder {str(folder)!r} is a file; name a folder")
     foreign = [f.name for f in folder.glob("*") if f.name.startswith(("model", "pytorch_model")) and f.suffix in (".safetensors", ".bin")]
     if foreign: raise ValueError(f"folder {str(folder)!r} holds another model ({foreign[0]}); name an empty folder")
+
+
+def _check_locks(model, folder: Path, leave_out, lock: dict, waiting: dict) -> None:
+    "A memory behind a key must not come out of it, or be lost, by the way."
+    layers = split_layers(model)
+    for name, key in lock.items():
+        if key is None: continue
+        check_key(key, name)
+        size = sum(t.nbytes for t in compartment_tensors(layers, name).values())
+        if size > 2**31 - 10**6: raise ValueError(f"lock names {name!r} of {size / 1e9:.1f} GB; at most 2 GB can be locked")
+    if not hasattr(model, "ortho_files"): return
+    for c in model.ortho_files.saved.compartments:
+        if c.locked and c.name not in waiting and c.name not in lock and c.name not in leave_out:
+            raise ValueError(f"compartment {c.name!r} was locked where the model is from; pass lock={{{c.name!r}: passphrase}}, "
+                             f"or lock={{{c.name!r}: None}} to write it in plain")
+    here = folder.resolve() == model.ortho_files.folder.resolve()
+    lost = next((n for n in leave_out if n in waiting), None)
+    if here and lost: raise ValueError(f"folder {str(folder)!r} holds {lost!r}, which is locked still and would be lost; name another")
 
 
 def _order(model, layers: dict) -> list[str]:
@@ -151,11 +194,11 @@ def _switch(layers: dict, name: str) -> float:
     return 1.0
 
 
-def _policy(model, leave_out) -> dict:
-    "The config's fields, or what the files said of it; a name that was left out does not stay behind in it."
+def _policy(model, names) -> dict:
+    "The config's fields, or what the files said of it; of compartments' names only those that are written."
     if hasattr(model, "ortho_config"): found = json.loads(model.ortho_config.to_json())
     else: found = model.ortho_files.saved.policy if hasattr(model, "ortho_files") else {}
-    return {k: v for k, v in found.items() if k != "compartment" or v not in leave_out}
+    return {k: v for k, v in found.items() if k != "compartment" or v in names}
 
 
 def _made_by() -> str:
@@ -282,7 +325,7 @@ def export_base(
     "Write the model as it is with all switches off: a copy in which the compartments do not exist (`repair` stays)."
     return save(model, folder, leave_out=[n for n in _order(model, ortho_layers(model)) if n != "repair"], **options)
 
-# %% ../nbs/api/12b_hub.ipynb #6ea9cb19
+# %% ../nbs/api/12b_hub.ipynb #db639aea
 def save_pretrained_of(
     plain: Callable,  # `PreTrainedModel.save_pretrained`
 ) -> Callable:  # the same, with split models saved by `save`
@@ -290,11 +333,15 @@ def save_pretrained_of(
     if hasattr(plain, "__wrapped_by_libortho__"): return plain
 
     @wraps(plain)
-    def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, max_shard_size="5GB", **kwargs):
-        if not any(isinstance(m, OrthoLinear) for m in self.modules()):
-            return plain(self, save_directory, *args, push_to_hub=push_to_hub, max_shard_size=max_shard_size, **kwargs)
-        if push_to_hub: raise ValueError("push_to_hub=True is not for save_pretrained of a split model; call model.push_to_hub(...)")
-        save(self, save_directory, max_shard_size=max_shard_size)
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        if not any(isinstance(m, OrthoLinear) for m in self.modules()): return plain(self, save_directory, *args, **kwargs)
+        told = dict(zip(("is_main_process", "state_dict", "push_to_hub", "max_shard_size", "variant"), args)) | kwargs
+        for name in ("state_dict", "push_to_hub", "variant"):
+            if told.get(name): raise ValueError(f"{name} is not for save_pretrained of a split model, got {told[name]!r:.60}; leave it out")
+        if told.get("safe_serialization") is False: raise ValueError("safe_serialization must not be False; only safetensors are written")
+        if not told.get("is_main_process", True): return
+        ours = {k: told[k] for k in ("leave_out", "lock", "tok", "report") if k in told}
+        save(self, save_directory, max_shard_size=told.get("max_shard_size") or "5GB", **ours)
 
     save_pretrained.__wrapped_by_libortho__ = True
     return save_pretrained
@@ -324,7 +371,7 @@ def register() -> None:
     def now():
         from libortho import quantizer
 
-        quantizer.register()
+        if hasattr(quantizer, "register"): quantizer.register()  # else it is being imported, and does so itself
 
     if "transformers.modeling_utils" in sys.modules: now()
     elif not any(isinstance(f, _AfterImport) for f in sys.meta_path): sys.meta_path.insert(0, _AfterImport("transformers.modeling_utils", now))

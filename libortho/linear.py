@@ -24,7 +24,7 @@ from .kernel import TOKENS, Product, takes, why_not
 from .lattice import lies_on_lattice
 from .streams import Base, Compartment, OrthoConfig, Streams, check_alpha, reconstruct, split
 
-# %% ../nbs/api/06_linear.ipynb #7ce6b3d0
+# %% ../nbs/api/06_linear.ipynb #35813b37
 class OrthoLinear(nn.Module):
     "A linear layer whose weight is `W_base + Σ α_c W_ortho[c]`."
 
@@ -80,9 +80,10 @@ class OrthoLinear(nn.Module):
         alphas: dict[str, float] | None = None,  # where the switches stand; those not named are on
     ) -> None:
         "Replace all sparse streams, in the order in which they are added."
+        switches = {name: check_alpha((alphas or {}).get(name, 1.0), f"alpha of {name!r}") for name in compartments}
         for i in range(len(self._alphas)):
             for key in ("crow", "col", "values"): delattr(self, f"{key}_{i}")
-        self._alphas = {name: check_alpha((alphas or {}).get(name, 1.0), f"alpha of {name!r}") for name in compartments}
+        self._alphas = switches
         for i, c in enumerate(compartments.values()):
             for key in ("crow", "col", "values"): self.register_buffer(f"{key}_{i}", getattr(c, key))
         self._derive()
@@ -365,18 +366,19 @@ def set_alpha(
     with gate(model).alone():
         for layer in layers.values(): layer.set_alpha({n: a for n, a in values.items() if n in layer.alphas})
 
-# %% ../nbs/api/06_linear.ipynb #102b6948
+# %% ../nbs/api/06_linear.ipynb #33f39a03
 @contextmanager
 def alpha(
     model: nn.Module,  # a patched model
     value: float | dict[str, float],  # as for `set_alpha`
 ) -> Iterator[nn.Module]:  # the model
     "Move the switches inside a `with` block and put them back after it."
-    before = {layer: layer.alphas for layer in ortho_layers(model).values()}
+    with gate(model).alone(): before = {layer: layer.alphas for layer in ortho_layers(model).values()}
     set_alpha(model, value)
     try: yield model
     finally:
-        for layer, values in before.items(): layer.set_alpha(values)
+        with gate(model).alone():
+            for layer, values in before.items(): layer.set_alpha(values)
 
 # %% ../nbs/api/06_linear.ipynb #380f788f
 @dataclass
@@ -410,7 +412,7 @@ def compartments(
         for name, cs in found.items()
     }
 
-# %% ../nbs/api/06_linear.ipynb #1ce35f4a
+# %% ../nbs/api/06_linear.ipynb #22e206bb
 @contextmanager
 def original(
     model: nn.Module,  # a model patched by `patch`
@@ -420,13 +422,14 @@ def original(
     if any(layer._original is None for layer in layers):
         raise ValueError("the original layers were not kept; there is nothing to compare with")
     before = [layer._bypass for layer in layers]
-    for layer in layers:
-        layer._bypass = True
-    try:
-        yield model
-    finally:
-        for layer, bypass in zip(layers, before):
-            layer._bypass = bypass
+
+    def put(bypasses):
+        with gate(model).alone():
+            for layer, bypass in zip(layers, bypasses): layer._bypass = bypass
+
+    put([True] * len(layers))
+    try: yield model
+    finally: put(before)
 
 # %% ../nbs/api/06_linear.ipynb #f5d52118
 def fingerprint(

@@ -20,7 +20,7 @@ from .hub import save_pretrained_of, take_up
 from .linear import OrthoLinear, ortho_layers, patch
 from .streams import Base, OrthoConfig, Streams
 
-# %% ../nbs/api/12c_quantizer.ipynb #9abcdd3b
+# %% ../nbs/api/12c_quantizer.ipynb #7c0252e1
 def outline(
     model: nn.Module,  # on the meta device
     saved: Saved,  # what config.json says
@@ -29,7 +29,9 @@ def outline(
     for name, (bits, rows, columns) in saved.layers.items():
         try: linear = model.get_submodule(name)
         except AttributeError: linear = None
-        if not isinstance(linear, nn.Linear): raise FileError(f"config.json: layers names {name!r}, which is no linear layer of the model")
+        if not isinstance(linear, nn.Linear):
+            raise FileError(f"config.json: layers names {name!r}, which is no linear layer of {type(model).__name__}; "
+                            f"the model was saved as {model.config.architectures}")
         out, width = linear.weight.shape
         if rows not in (1, out) or width % columns:
             raise FileError(f"config.json: layers[{name!r}] gives scales of {rows} × {columns} for a weight of {out} × {width}")
@@ -61,7 +63,7 @@ def check_shards(
     lost = next((n for n in wanted if n not in found and n not in tied), None)
     if lost: raise FileError(f"{shards[0].parent} lacks {lost!r} in every shard; a file is missing or from another model")
 
-# %% ../nbs/api/12c_quantizer.ipynb #abc67643
+# %% ../nbs/api/12c_quantizer.ipynb #81f125cf
 NEED_TEXTS = {"projection": ("gptq",), "sieve": ("impact", "contrast"), "noise": ("counter_memory",)}
 
 
@@ -80,7 +82,7 @@ class OrthoQuantizer(HfQuantizer):
     def update_tp_plan(self, config):
         if not self.pre_quantized: return config
         saved, folder = self.quantization_config, Path(config.name_or_path)
-        if folder.is_dir(): check_file(folder, saved.info(saved.index))  # transformers reads it next
+        if (folder / saved.index).is_file(): check_file(folder, saved.info(saved.index))  # transformers reads it next
         config.transformers_weights = saved.index
         return config
 
@@ -107,7 +109,8 @@ class OrthoQuantizer(HfQuantizer):
     def _find(self, model, name: str) -> Path | None:
         "A compartment's file: in the folder, or where the base's files were fetched from."
         if (self.folder / name).is_file() or Path(model.config.name_or_path).is_dir(): return self._here(name)
-        fetched = cached_file(model.config.name_or_path, name, _raise_exceptions_for_missing_entries=False)
+        revision = getattr(model.config, "_commit_hash", None)
+        fetched = cached_file(model.config.name_or_path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
         return Path(fetched) if fetched else None
 
     def _here(self, name: str) -> Path | None: return self.folder / name if (self.folder / name).is_file() else None
@@ -123,3 +126,6 @@ def register() -> None:
     AUTO_QUANTIZER_MAPPING["libortho"] = OrthoQuantizer
     AUTO_QUANTIZATION_CONFIG_MAPPING["libortho"] = Saved
     PreTrainedModel.save_pretrained = save_pretrained_of(PreTrainedModel.save_pretrained)
+
+
+register()

@@ -156,6 +156,44 @@ def test_another_models_folder_is_not_written_over(tiny, tmp_path):
     assert files(tmp_path) == before
 
 
+def test_what_save_pretrained_is_told_is_heeded(saved, tmp_path):
+    model, _ = saved
+    for wrong in ({"state_dict": {"a": torch.zeros(1)}}, {"variant": "fp16"}, {"push_to_hub": True}):
+        with pytest.raises(ValueError, match=f"{list(wrong)[0]} is not for save_pretrained of a split model"):
+            model.save_pretrained(tmp_path / "x", **wrong)
+    model.save_pretrained(tmp_path / "x", is_main_process=False)
+    assert not (tmp_path / "x").exists()
+    model.save_pretrained(tmp_path / "x", max_shard_size=None, leave_out=["first"])
+    assert list(lo.compartments(load(tmp_path / "x"))) == ["repair", "second"]
+
+
+def test_a_save_that_fails_leaves_nothing(saved, monkeypatch):
+    model, folder = saved
+    before = files(folder)
+    monkeypatch.setattr("libortho.hub.commit", lambda *a: 1 / 0)
+    lo.set_alpha(model, 0.5)
+    with pytest.raises(ZeroDivisionError):
+        lo.save(model, folder, lock=KEYS)
+    assert files(folder) == before
+
+
+def test_a_name_does_not_stay_when_its_file_is_gone(tiny, tmp_path):
+    lo.patch(tiny, lo.OrthoConfig(group_size=16, density=0.1, compartment="patient-smith"))
+    lo.save(tiny, tmp_path / "model")
+    one(tmp_path / "model", "compartment*").unlink()
+    with pytest.warns(UserWarning, match="is not there"):
+        loaded = load(tmp_path / "model")
+    lo.export_base(loaded, tmp_path / "bare")
+    assert b"patient-smith" not in b"".join(files(tmp_path / "bare").values())
+
+
+def test_a_compiled_model_is_saved_as_itself(saved, tmp_path):
+    lo.save(torch.compile(saved[0]), tmp_path / "x")
+    assert same(saved[0], load(tmp_path / "x"))
+    with pytest.raises(ValueError, match="model must be a transformers model, got ModuleList"):
+        lo.save(torch.nn.ModuleList([saved[0]]), tmp_path / "y")
+
+
 def test_a_plain_model_is_saved_as_ever(tiny, tmp_path):
     tiny.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").exists() and torch.equal(logits(load(tmp_path)), logits(tiny))
@@ -364,7 +402,12 @@ def test_locks_open_in_any_order_and_stay_closed_in_a_copy(saved, tmp_path):
     lo.save(loaded, tmp_path / "copy")  # both locked still
     loaded = load(tmp_path / "copy")
     lo.unlock(loaded, "second", "two")
-    lo.save(loaded, tmp_path / "half")  # one of them
+    with pytest.raises(ValueError, match="compartment 'second' was locked where the model is from; pass lock="):
+        loaded.save_pretrained(tmp_path / "half")
+    assert not (tmp_path / "half").exists()
+    with pytest.raises(ValueError, match="holds 'first', which is locked still and would be lost"):
+        lo.export_base(loaded, tmp_path / "copy")
+    lo.save(loaded, tmp_path / "half", lock={"second": None})  # one of them, in plain
     loaded = load(tmp_path / "half")
     assert list(lo.compartments(loaded)) == ["repair", "second"]
     lo.unlock(loaded, "first", "one")

@@ -81,6 +81,13 @@ def test_the_original_layers_can_be_let_go(tiny):
         pass
 
 
+def test_a_switch_out_of_range_leaves_the_layer_whole():
+    layer = OrthoLinear.from_linear(nn.Linear(32, 16), CFG)
+    with pytest.raises(ValueError, match="alpha of 'memory' must be in .0, 1., got 2.0"):
+        layer.put_compartments({"memory": layer.compartments["memory"]}, {"memory": 2.0})
+    assert layer.alphas == {"memory": 1.0} and layer.compartments["memory"].nnz
+
+
 def test_keep_dense_changes_nothing_but_memory(monkeypatch):
     monkeypatch.setenv("LIBORTHO_BACKEND", "reference")
     linear, x = nn.Linear(64, 8), torch.randn(3, 64)

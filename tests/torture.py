@@ -365,6 +365,8 @@ def switching(n, folder):
     def switch():
         while not done.is_set():
             lo.set_alpha(model, random.choice((0.0, 1.0)))
+            with lo.alpha(model, random.choice((0.0, 1.0))):
+                pass
 
     thread = threading.Thread(target=switch)
     thread.start()
