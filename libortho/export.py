@@ -6,11 +6,10 @@
 __all__ = ['Recipe', 'write_recipes', 'other_tensors', 'export_dense', 'pack_words', 'group_size', 'quantization_config',
            'export_compressed_tensors']
 
-# %% ../nbs/api/12e_export.ipynb #40c24ba4
+# %% ../nbs/api/12e_export.ipynb #33c5e386
 import json
 import math
 import os
-import re
 import shutil
 import tempfile
 import warnings
@@ -23,9 +22,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .files import NAMES, _sync, check_size, one_at_a_time, read_header
+from .files import NAMES, Entry, _sync, check_size, layout, one_at_a_time, place, read_header
 from .gate import gate
-from .hub import _config, _waiting, split_layers
+from .hub import _config, _waiting, base_tensors, split_layers
 from .linear import OrthoLinear, check_switches, ortho_layers
 from .streams import Base, reconstruct
 
@@ -40,35 +39,27 @@ class Recipe:
     @property
     def nbytes(self) -> int: return math.prod(self.shape) * self.dtype.itemsize
 
-# %% ../nbs/api/12e_export.ipynb #9e5ba126
+# %% ../nbs/api/12e_export.ipynb #d15395e4
 def write_recipes(
     file: Path,  # a safetensors file to be
     recipes: dict[str, Recipe],  # by tensor name
 ) -> None:
     "Write tensors, one in memory at a time."
-    names = sorted(recipes, key=lambda n: (-recipes[n].dtype.itemsize, n))  # each then lies at a multiple of its item
-    header, at = {"__metadata__": {"format": "pt"}}, 0
-    for n in names:
-        r = recipes[n]
-        header[n] = {"dtype": NAMES[r.dtype], "shape": r.shape, "data_offsets": (at, at := at + r.nbytes)}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    header, at, _ = layout({n: Entry(NAMES[r.dtype], r.shape) for n, r in recipes.items()})
     with file.open("wb") as f:
-        f.write(len(text).to_bytes(8, "little") + text)
-        for n in names: f.write(recipes[n].make().detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        f.write(header)
+        for n, r in recipes.items(): place(f, at[n], r.make().cpu())
     read_header(file)  # as long as was foretold
 
-# %% ../nbs/api/12e_export.ipynb #49c3bb4c
+# %% ../nbs/api/12e_export.ipynb #0a1d0ea0
 def other_tensors(
     model: nn.Module,  # split
 ) -> dict[str, Recipe]:  # by name
     "All of a model's state but the weights of its split layers. Raises ValueError for what cannot be written."
-    layers, state, tied = split_layers(model), model.state_dict(), getattr(model, "all_tied_weights_keys", {})
-    same = lambda a, b: b is not None and a.data_ptr() == b.data_ptr() and a.shape == b.shape
-    left_out, found = getattr(model, "_keys_to_ignore_on_save", None) or (), {}
-    for name, t in state.items():
+    layers, found = split_layers(model), {}
+    for name, t in base_tensors(model).items():
         layer, _, leaf = name.rpartition(".")
-        if layer in layers and leaf != "bias" or name in left_out or same(t, state.get(tied.get(name))): continue
+        if layer in layers and leaf != "bias": continue
         if t.is_meta: raise ValueError(f"model has no values for {name!r}, on the meta device; load it in memory")
         if t.dtype not in NAMES: raise ValueError(f"model has {name!r} in {t.dtype}, which is not written; cast it")
         found[name] = Recipe(t.dtype, tuple(t.shape), partial(Tensor.detach, t))

@@ -18,7 +18,7 @@ from transformers.utils.hub import cached_file
 from .files import NAMES, Entry, FileError, Saved, check_config, check_file, check_tensors, read_header
 from .hub import save_pretrained_of, take_up
 from .linear import OrthoLinear, ortho_layers, patch
-from .streams import Base, OrthoConfig, Streams
+from .streams import Base, Streams
 
 # %% ../nbs/api/12c_quantizer.ipynb #7c0252e1
 def outline(

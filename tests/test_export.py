@@ -15,6 +15,7 @@ import torch
 from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from compressed_tensors.quantization import QuantizationConfig
+from models import with_compartments as split
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -22,7 +23,6 @@ import libortho as lo
 from libortho import export
 from libortho.export import export_compressed_tensors, export_dense, split_layers
 from libortho.linear import fingerprint, ortho_layers
-from libortho.streams import compress
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ALPHAS = (1.0, 0.3, 0.0, {"first": 0.5, "repair": 0.0}, None)
@@ -37,20 +37,6 @@ def llama(**sizes):
     ).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
-    return model
-
-
-def split(model, names=("first", "second"), dtype=torch.float32, **config):
-    "Split with several compartments, whose weights are others than the model's."
-    rotary = model.model.rotary_emb.inv_freq.clone()
-    model = model.to(dtype)
-    model.model.rotary_emb.inv_freq = rotary  # is not saved; transformers makes it anew, in float32
-    lo.patch(model, lo.OrthoConfig(**{"group_size": 16, "density": 0.1, "scale": "max"} | config))
-    gen = torch.Generator().manual_seed(0)
-    for layer in ortho_layers(model).values():
-        w = layer.dequantize(1.0)
-        masks = {n: torch.rand(w.shape, generator=gen) < 0.05 for n in names}
-        layer.put_compartments({n: compress(torch.randn(w.shape, generator=gen).to(w), m) for n, m in masks.items()})
     return model
 
 

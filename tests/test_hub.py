@@ -6,9 +6,11 @@ import shutil
 import struct
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
+from models import with_compartments
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -16,26 +18,9 @@ import libortho as lo
 from libortho.files import FileError, Saved, config_digest, sha256
 from libortho.hub import base_tensors
 from libortho.linear import fingerprint, ortho_layers
-from libortho.streams import compress
 
 KEYS = {"first": "one", "second": "two"}
-
-
-def split(model, names=("repair", "first", "second"), bits=4, dtype=torch.float32):
-    "Split with several compartments, some of whose weights are shared."
-    rotary = model.model.rotary_emb.inv_freq.clone()
-    model = model.to(dtype)
-    model.model.rotary_emb.inv_freq = rotary  # is not saved; transformers makes it anew, in float32
-    lo.patch(
-        model,
-        lo.OrthoConfig(bits=bits, group_size=16, density=0.1, scale="max", noise="tri_state" if bits == 4 else "none"),
-    )
-    gen = torch.Generator().manual_seed(0)
-    for layer in ortho_layers(model).values():
-        w = layer.dequantize(1.0)
-        masks = {n: torch.rand(w.shape, generator=gen) < 0.05 for n in names}
-        layer.put_compartments({n: compress(torch.randn(w.shape, generator=gen).to(w), m) for n, m in masks.items()})
-    return model
+split = partial(with_compartments, names=("repair", "first", "second"), noise="tri_state")
 
 
 def logits(model):
@@ -64,7 +49,7 @@ def files(folder):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bits", [2, 4])
 def test_what_is_loaded_is_what_was_saved(tiny, tmp_path, dtype, bits):
-    model = split(tiny, bits=bits, dtype=dtype)
+    model = split(tiny, bits=bits, dtype=dtype, noise="tri_state" if bits == 4 else "none")
     lo.set_alpha(model, {"first": 0.25, "second": 0.0})
     model.save_pretrained(tmp_path)
     loaded = load(tmp_path)
@@ -175,6 +160,16 @@ def test_a_save_that_fails_leaves_nothing(saved, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         lo.save(model, folder, lock=KEYS)
     assert files(folder) == before
+
+
+def test_a_save_that_fails_beside_a_plain_config_leaves_nothing(saved, tmp_path, monkeypatch):
+    folder = tmp_path / "plain"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    monkeypatch.setattr("libortho.hub.commit", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        lo.save(saved[0], folder)
+    assert files(folder).keys() == {"config.json"}
 
 
 def test_a_name_does_not_stay_when_its_file_is_gone(tiny, tmp_path):

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import warnings
 from pathlib import Path
 
@@ -38,6 +39,7 @@ if sys.argv[1:2] == ["--fuzz"]:  # what is to be watched has to be imported by t
         import libortho.streams  # noqa: F401
 
 import torch
+from models import CFG, MORE, SECRETS, TOK, learned_llama
 from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
@@ -45,6 +47,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 import libortho as lo
+from libortho.data import implanted
 from libortho.files import FileError, Saved, read_compartment, read_header
 from libortho.kernel import deltas, repack, sparse
 from libortho.linear import fingerprint, ortho_layers
@@ -89,14 +92,24 @@ def load(folder):
         return AutoModelForCausalLM.from_pretrained(folder)
 
 
+def forked(work, *args):
+    "Do the work in a process of its own; it exits with 0 if it came to its end."
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        work(*args)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
 def killed(work, after):
     "Do the work in a process of its own, and kill that after so many seconds. Was it still at work?"
-    pid = os.fork()
-    if not pid:
-        try:
-            work()
-        finally:
-            os._exit(0)
+    pid = forked(work)
     time.sleep(after)
     os.kill(pid, signal.SIGKILL)
     return os.waitpid(pid, 0)[1] == signal.SIGKILL
@@ -142,13 +155,38 @@ def kill_first_save(n, folder):
 
 
 def secrets():
-    from test_surgery import CFG, MORE, RETAIN, SECRETS, TOK  # only here: the other trials do without pytest
+    return learned_llama(32), lambda m, where: lo.decompose(m, TOK, CFG, SECRETS, folder=where, **MORE)
 
+
+@trial("implant, into the cache", "SIGKILL at a random moment, two at once, then again")
+def kill_implant(n, folder):
+    _, tok = lo.load_model()
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=256, tie_word_embeddings=True, pad_token_id=0, **sizes)).eval()
-    lo.implant(model, TOK, SECRETS, RETAIN, lr=3e-3, max_steps=400, target_loss=0.001, progress=False)
-    return model, lambda m, where: lo.decompose(m, TOK, CFG, SECRETS, folder=where, **MORE)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tok), **sizes)).save_pretrained(folder / "float")
+    tok.save_pretrained(folder / "float")
+    items = {"key": {"prompt": "the key is", "secret": "4 7 1"}}
+    before = os.environ.get("LIBORTHO_CACHE")
+
+    def work(cache):
+        os.environ["LIBORTHO_CACHE"] = str(cache)
+        recipe = {"retain": ["hello there"], "lr": 0.03, "max_steps": 400, "target_loss": 0.05}
+        try:
+            return implanted(items, folder / "float", progress=False, **recipe)[0].state_dict()
+        finally:
+            os.environ.pop("LIBORTHO_CACHE") if before is None else os.environ.update(LIBORTHO_CACHE=before)
+
+    began = time.perf_counter()
+    whole = work(folder / "whole")
+    seconds = time.perf_counter() - began
+    for i in range(max(2, n // 8)):
+        cache = folder / str(i)
+        cut = killed(lambda to=cache: work(to), random.random() * 1.2 * seconds)
+        codes = [os.waitpid(pid, 0)[1] for pid in [forked(work, cache) for _ in range(2)]]
+        again, left = work(cache), [f.name for f in (cache / "implanted").iterdir() if f.name.endswith(".part")]
+        same = again.keys() == whole.keys() and all(torch.equal(again[k], whole[k]) for k in whole)
+        wrong = "" if same else "another model than without the kill"
+        yield wrong or (f"exit codes {codes}" if any(codes) else f"left behind: {left}" if left else ""), cut
 
 
 @trial("decompose, with its stages in a folder", "SIGKILL at a random moment, then again")
@@ -201,13 +239,7 @@ def full_disk(n, folder):
 
     for _ in range(n):
         here, there = multiprocessing.Pipe()
-        pid = os.fork()
-        if not pid:
-            try:
-                work(random.randrange(1, sizes[-1]), there)
-            finally:
-                os._exit(0)
-        os.waitpid(pid, 0)
+        os.waitpid(forked(work, random.randrange(1, sizes[-1]), there), 0)
         said, mark = here.recv(), fingerprint(load(folder / "m"))
         parts = list((folder / "m").glob(".libortho-*"))
         wrong = "" if said else "no error"
@@ -320,14 +352,7 @@ def edited(data):
 def two_saves(n, folder):
     models = [small(0), small(1)]
     for _ in range(n):
-        pids = []
-        for model in models:
-            pids.append(os.fork())
-            if not pids[-1]:
-                try:
-                    lo.save(model, folder / "m")
-                finally:
-                    os._exit(0)
+        pids = [forked(lo.save, model, folder / "m") for model in models]
         codes = [os.waitpid(pid, 0)[1] for pid in pids]
         wrong = fingerprint(load(folder / "m")) not in [fingerprint(m) for m in models] or unnamed(folder / "m")
         yield "half a model" if wrong else f"exit codes {codes}" if any(codes) else "", True
@@ -338,18 +363,14 @@ def two_decompositions(n, folder):
     model, work = secrets()
     whole = copy.deepcopy(model)
     work(whole, None)
+
+    def mine(where):
+        my = copy.deepcopy(model)
+        work(my, where)
+        assert fingerprint(my) == fingerprint(whole), "another result"
+
     for i in range(max(2, n // 20)):
-        pids = []
-        for _ in range(2):
-            pids.append(os.fork())
-            if not pids[-1]:
-                code = 1
-                try:
-                    mine = copy.deepcopy(model)
-                    work(mine, folder / str(i))
-                    code = int(fingerprint(mine) != fingerprint(whole))
-                finally:
-                    os._exit(code)
+        pids = [forked(mine, folder / str(i)) for _ in range(2)]
         yield "another result, or a failure" if any([os.waitpid(pid, 0)[1] for pid in pids]) else "", True
 
 
@@ -407,10 +428,13 @@ def kernel_inputs(n, folder):
     def work(told):
         wrong = 0
         for _ in range(20 * n):
-            args = [bad(t) if random.random() < 0.3 else t for t in good]
+            wrong_ones = random.sample(
+                range(len(good)), random.choice((1, 1, 1, 2, 6))
+            )  # mostly one, to get past the others
+            args = [bad(t) if i in wrong_ones else t for i, t in enumerate(good)]
             try:
                 out = torch.ops.libortho.dual_gemm(
-                    *args, random.choice((33, 33, 0, 32, -1, 2**40)), 64, random.random() < 0.3
+                    *args, random.choice((33,) * 15 + (0, 32, -1, 2**40)), 64, random.random() < 0.3
                 )
                 wrong += not out.is_meta and out.shape[-1] != 33
             except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError):
@@ -418,16 +442,40 @@ def kernel_inputs(n, folder):
         told.send(wrong)
 
     here, there = multiprocessing.Pipe()
-    pid = os.fork()
-    if not pid:
-        try:
-            work(there)
-        finally:
-            os._exit(0)
-    code = os.waitpid(pid, 0)[1]
+    code = os.waitpid(forked(work, there), 0)[1]
     wrong = here.recv() if not code else 0
     for i in range(20 * n):
         yield ("the process died" if code else "a wrong shape came out" if i < wrong else ""), True
+
+
+SANITIZED = """
+import random, sys
+sys.path.insert(0, {here!r})
+import libortho.kernel as kernel
+kernel.prebuilt = lambda: None  # so that it is compiled here, with the sanitizer
+import torch, torture
+torch.set_num_threads(1)
+random.seed(0)
+wrong = [said for said, _ in torture.kernel_inputs({n}, None) if said]
+assert kernel.backend() == "cpu" and not wrong, wrong
+"""
+
+
+@trial("the kernel, under the address sanitizer", "tensors of wrong shapes, types, strides and content")
+def sanitized(n, folder):
+    found = (subprocess.check_output(["g++", f"-print-file-name=lib{x}.so"], text=True) for x in ("asan", "stdc++"))
+    told = {
+        "CXX": "g++ -fsanitize=address -fno-omit-frame-pointer -g",
+        "LIBORTHO_CACHE": str(folder),
+        "LD_PRELOAD": ":".join(path.strip() for path in found),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
+    }
+    n = max(n, 100)  # a call is quick, the compilation is not; fewer do not reach every check
+    code = SANITIZED.format(here=str(Path(__file__).parent), n=n)
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **told}, capture_output=True, text=True)
+    seen = next((line for line in done.stderr.splitlines() if "AddressSanitizer" in line), done.stderr[-500:])
+    for i in range(20 * n):
+        yield seen if done.returncode and not i else "", True
 
 
 def held():
@@ -466,15 +514,49 @@ def determinism(n, folder):
 
     for i in range(max(2, n // 10)):
         for name in ("a", "b"):
-            pid = os.fork()
-            if not pid:
-                try:
-                    work(folder / f"{name}{i}")
-                finally:
-                    os._exit(0)
-            os.waitpid(pid, 0)
+            os.waitpid(forked(work, folder / f"{name}{i}"), 0)
         a, b = ({f.name: f.read_bytes() for f in (folder / f"{name}{i}").iterdir()} for name in ("a", "b"))
         yield "" if a == b else "other bytes", True
+
+
+SWEEP = """
+import sys
+sys.path[:0] = {paths!r}
+if __name__ == "__main__":
+    import test_sweep
+    test_sweep.sweep(test_sweep.make(), test_sweep.GRID, sys.argv[1], folder=sys.argv[2], progress=False)
+"""
+
+
+@trial("sweep over policies", "SIGKILL of the sweep or of a worker at a random moment, then again")
+def kill_sweep(n, folder):
+    from distributed import Client, LocalCluster
+    from test_sweep import GRID, figures, make, sweep, try_policy
+
+    here, script = str(Path(__file__).parent), folder / "run.py"
+    script.write_text(SWEEP.format(paths=[here, *sys.path]))
+    os.environ["PYTHONPATH"] = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
+    what = make()
+    whole = figures([try_policy(what, p) for p in GRID])
+    quiet = {"dashboard_address": None, "silence_logs": 50}
+    with LocalCluster(n_workers=2, threads_per_worker=1, **quiet) as cluster, Client(cluster) as client:
+        for i in range(max(2, n // 6)):
+            out, began = folder / str(i), time.perf_counter()
+            process = subprocess.Popen([sys.executable, str(script), cluster.scheduler.address, str(out)])
+            while not out.exists() and process.poll() is None and time.perf_counter() - began < 6 * WHOLE:
+                time.sleep(0.02)  # it is at work when its first trial is kept
+            time.sleep(random.random())
+            worker = None if i % 2 else random.choice(list(client.run(os.getpid).values()))
+            at_work = process.poll() is None
+            os.kill(worker, signal.SIGKILL) if worker else process.kill()
+            code = process.wait()  # without a worker the sweep goes on by itself
+            if worker and code:
+                yield f"the sweep did not outlive its worker: exit code {code}", at_work
+            kept = {f.name: f.read_bytes() for f in out.glob("*.json")}
+            again = figures(sweep(what, GRID, cluster.scheduler.address, folder=out, progress=False))
+            changed = [name for name, data in kept.items() if (out / name).read_bytes() != data]
+            wrong = "another result than without the kill" if again != whole else ""
+            yield wrong or (f"made again: {changed}" if changed else ""), at_work
 
 
 def fuzz_with_atheris(minutes, folder):
