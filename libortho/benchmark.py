@@ -15,7 +15,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from scipy.stats import ks_2samp
 from torch import nn
 
-from .memory import as_item, extraction_strength, pad_id, pooled_perplexity, score_tokens
+from .memory import alike, as_item, extraction_strength, pad_id, pooled_perplexity, score_tokens
 
 # %% ../nbs/api/10a_benchmark.ipynb #c0acc1bd
 @torch.no_grad()
@@ -30,9 +30,8 @@ def answers(
     device, items = next(model.parameters()).device, [as_item(i) for i in items]
     prompts = [torch.tensor(tok(i["prompt"]).input_ids) for i in items]
     lengths = [max(at_least, len(tok(i["secret"], add_special_tokens=False).input_ids)) for i in items]
-    order, out = sorted(range(len(items)), key=lambda i: lengths[i]), [""] * len(items)
-    pad = pad_id(tok)
-    for chunk in (order[i:i + batch_size] for i in range(0, len(order), batch_size)):
+    pad, out = pad_id(tok), [""] * len(items)
+    for chunk in alike(lengths, batch_size):
         width = max(len(prompts[i]) for i in chunk)
         ids = torch.stack([nn.functional.pad(prompts[i], (width - len(prompts[i]), 0), value=pad) for i in chunk])
         seen = torch.stack([torch.arange(width) >= width - len(prompts[i]) for i in chunk]).long()

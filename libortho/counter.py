@@ -113,7 +113,7 @@ class Step:
     index: Tensor  # place in the flattened weight, int64 [k]
     direction: Tensor  # −1 or +1, int8 [k]
 
-# %% ../nbs/api/09a_counter.ipynb #2e164b82
+# %% ../nbs/api/09a_counter.ipynb #3d318e6b
 @torch.no_grad()
 def choose_step(
     patient: Patient,  # its weights hold the gradient of the objective
@@ -126,13 +126,14 @@ def choose_step(
     found, best = [], torch.zeros(0)
     for i, (name, m) in enumerate(patient.linears.items()):
         if m.weight.grad is None: continue
+        home = found[0][0].device if found else m.weight.device  # layers may lie on several devices
         bar = best[-1].item() if len(best) == k else 0.0
         score, at, direction = _candidates(patient, name, m.weight.grad, f[name], bar, damp, (floors or {}).get(name))
         m.weight.grad = None
         order = score.argsort(descending=True, stable=True)[:k]
         score = score[order]
-        found.append((score, torch.full_like(order, i), at[order], direction[order]))
-        best = torch.cat([best.to(score), score]).topk(min(k, len(best) + len(score))).values
+        found.append([t.to(home) for t in (score, torch.full_like(order, i), at[order], direction[order])])
+        best = torch.cat([best.to(found[-1][0]), found[-1][0]]).topk(min(k, len(best) + len(score))).values
     if not found: return _join([])
     score, layer, index, direction = (torch.cat(x) for x in zip(*found))
     order = score.argsort(descending=True, stable=True)[:k]

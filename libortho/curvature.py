@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -61,16 +62,21 @@ def kept(
     path: Path | None,  # file; None keeps nothing
     make,  # function without arguments that returns tensors by name
 ) -> dict[str, Tensor]:
-    "Tensors from a file if it is there, else made and written under a temporary name, then renamed."
+    "Tensors from a file; if it is not there, made and put there whole. Who wants the same meanwhile waits for them."
     if path is None: return make()
-    if path.exists():
-        with safe_open(path, "pt") as f: return {k: f.get_tensor(k) for k in f.keys()}
-    tensors = make()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.with_name(f".{path.name}.lock")
+        with FileLock(lock):
+            if not path.exists(): _put(path, make())
+            lock.unlink(missing_ok=True)  # the file is there: whoever waits reads it, and nobody else will wait
+    with safe_open(path, "pt") as f: return {k: f.get_tensor(k) for k in f.keys()}
+
+
+def _put(path: Path, tensors: dict[str, Tensor]) -> None:
+    part = path.with_name(f"{path.name}.part")
     save_file({k: t.contiguous().clone() for k, t in tensors.items()}, part)
     part.replace(path)
-    return tensors
 
 # %% ../nbs/api/03_curvature.ipynb #2ca2c3fe
 def _grouped(

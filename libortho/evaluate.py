@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['GATES', 'MEASURE_HEAD', 'COMPARE_HEAD', 'POLICIES', 'NOISE_MODES', 'Measures', 'measure', 'number', 'factor',
-           'Verdict', 'judge', 'Result', 'measure_row', 'as_dict', 'dumps', 'write_text', 'text_table', 'html_table',
-           'evaluate', 'Comparison', 'share', 'compare_row', 'compare', 'tofu_configs', 'tofu', 'html_page', 'page']
+           'Verdict', 'judge', 'check_control', 'check_measured', 'Result', 'measure_row', 'as_dict', 'dumps',
+           'write_text', 'text_table', 'html_table', 'evaluate', 'Comparison', 'share', 'compare_row', 'compare',
+           'tofu_configs', 'tofu', 'html_page', 'page']
 
 # %% ../nbs/api/10_evaluate.ipynb #be3a6086
 import base64
@@ -13,7 +14,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .data import SMOLLM2, canaries, load_model, prose, retain_facts
-from .linear import OrthoLinear, alpha, find_linears, fingerprint, original, ortho_layers, patch, unpatch
+from .linear import alpha, find_linears, fingerprint, is_split, original, ortho_layers, patch, unpatch
 from .memory import (ImplantReport, Item, SecretScore, Tokens, as_item, as_items, encode, implant, perplexity,
                              pooled_perplexity, score_secrets, score_tokens)
 from .patient import SURGERY
@@ -190,6 +191,29 @@ def _beyond(x: float, gate: float) -> str:
     "A ratio and the gate it fails, with digits enough to tell them apart."
     shown = f"{x:.4f}" if x < 1.01 * gate else factor(x)
     return f"×{shown}, at most {gate:.2f}"
+
+# %% ../nbs/api/10_evaluate.ipynb #2f4ebe29
+def check_control(
+    control,  # the never-memorised model, or its measures
+    model: nn.Module | None,  # the model that it is held against
+) -> None:
+    "Raises ValueError for what cannot be a model's control."
+    if not isinstance(control, (Measures, nn.Module)):
+        raise ValueError(f"control must be the never-memorised model or its measures, got {type(control).__name__}; "
+                         "forgetting means nothing without it")
+    if control is model: raise ValueError("control is the model itself; pass a model that never saw the secrets")
+
+
+def check_measured(
+    control: Measures,  # of the never-memorised model
+    names: Iterable[str],  # of secrets
+) -> None:
+    "Raises ValueError for what is no measures, and for a secret that the control was not measured on."
+    if not isinstance(control, Measures):
+        raise ValueError(f"control must be the measures of the never-memorised model, got {type(control).__name__}; "
+                         "pass measure(model, tok, forget) of it")
+    if missing := [n for n in names if n not in control.secrets]:
+        raise ValueError(f"control has no measure of {missing[0]!r}; pass measure(model, tok, forget) of it")
 
 # %% ../nbs/api/10_evaluate.ipynb #b3c5890b
 @dataclass(repr=False)
@@ -516,8 +540,7 @@ def _compare_one(model: nn.Module, tok, cfg: OrthoConfig, label: str, **kwargs) 
             patch(model, cfg)
         return replace(evaluate(model, tok, label=label, **kwargs), config=cfg)
     finally:
-        if any(isinstance(m, OrthoLinear) for m in model.modules()):
-            unpatch(model)
+        if is_split(model): unpatch(model)
 
 # %% ../nbs/api/10_evaluate.ipynb #7fb8b834
 POLICIES = ("max", "percentile", "quantile", "three_sigma", "ratio")

@@ -1,5 +1,6 @@
 """Fixtures: the real offline model, a real layer of it, and tiny models for mechanism."""
 
+import copy
 import os
 from pathlib import Path
 
@@ -8,8 +9,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test never asks a model hub
 import pytest
 import torch
 from hypothesis import settings
+from models import RETAIN, SECRETS, TEXTS, TOK, learned_llama, same_weights, state
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import libortho as lo
 from libortho.data import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,6 +48,36 @@ def tiny():
         pad_token_id=0,
     )
     return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="session")
+def learned():
+    "A tiny model that knows `SECRETS`; a test that changes a model does so to a copy."
+    yield from unchanged(learned_llama())
+
+
+def unchanged(model):
+    before = state(model)
+    yield model
+    assert same_weights(model, before), "a test changed a model that all share"
+
+
+@pytest.fixture(scope="session")
+def control():
+    "What the model measures that never saw them."
+    return lo.measure(learned_llama(steps=0), TOK, SECRETS, RETAIN, TEXTS)
+
+
+@pytest.fixture(scope="session")
+def narrow():
+    "As `learned`, half as wide."
+    yield from unchanged(learned_llama(32))
+
+
+@pytest.fixture
+def model(narrow):
+    "A copy of `narrow`, to be changed."
+    return copy.deepcopy(narrow)
 
 
 @pytest.fixture(scope="session")

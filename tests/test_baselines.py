@@ -2,8 +2,7 @@ import copy
 
 import pytest
 import torch
-from test_memory import Letters
-from test_surgery import RETAIN, SECRETS, learned  # noqa: F401
+from models import RETAIN, SECRETS, TOK
 
 import libortho as lo
 from libortho.baselines import (
@@ -21,13 +20,6 @@ from libortho.linear import find_linears
 from libortho.memory import as_item, encode, finetune
 from libortho.patient import as_tokens
 from libortho.rivals import rivals
-
-TOK = Letters()
-
-
-@pytest.fixture
-def model(learned):  # noqa: F811
-    return copy.deepcopy(learned)
 
 
 def forgets(model):

@@ -1,13 +1,13 @@
 import math
 
 import pytest
+from models import TOK
 from scipy.stats import ks_2samp
-from test_memory import Letters, naive
+from test_memory import naive
 
 from libortho.benchmark import AnswerScores, answers, forget_quality, model_utility, rouge_recall, score_answers
 from libortho.memory import encode
 
-TOK = Letters()
 ITEM = {
     "prompt": "who is it",
     "secret": "old tom",

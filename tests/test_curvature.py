@@ -1,3 +1,6 @@
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -97,6 +100,20 @@ def test_an_interrupted_write_leaves_no_file(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         kept(tmp_path / "a.safetensors", lambda: {"x": torch.ones(2)})
     assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_who_wants_the_same_at_once_waits_for_it(tmp_path):
+    made, path = [], tmp_path / "new" / "a.safetensors"
+
+    def make():
+        made.append(1)
+        time.sleep(0.2)
+        return {"x": torch.ones(2)}
+
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(lambda _: kept(path, make), range(4)))
+    assert len(made) == 1 and all(torch.equal(g["x"], torch.ones(2)) for g in got)
+    assert [f.name for f in path.parent.iterdir()] == [path.name]
 
 
 @pytest.mark.parametrize("quantity", [log_odds, log_p])

@@ -5,7 +5,18 @@ import torch
 
 import libortho as lo
 from libortho import evaluate as _  # noqa: F401
-from libortho.evaluate import Measures, dumps, html_page, judge, number, text_table, tofu_configs, write_text
+from libortho.evaluate import (
+    Measures,
+    check_control,
+    check_measured,
+    dumps,
+    html_page,
+    judge,
+    number,
+    text_table,
+    tofu_configs,
+    write_text,
+)
 from libortho.linear import OrthoLinear
 from libortho.memory import SecretScore
 from libortho.plots import plot_alpha, plot_damage, plot_forget_retain
@@ -40,6 +51,24 @@ ON, CONTROL, GONE = made_up(), made_up(300, 0.0), made_up(250, 0.0)
 def test_gates(on, off, control, float_, valid, outcome, words):
     v = judge(on, off, control, float_)
     assert (v.valid, v.outcome) == (valid, outcome) and words in v.reason, v
+
+
+def test_what_is_no_control_is_refused():
+    model = torch.nn.Linear(2, 2)
+    for control, other in ((CONTROL, model), (torch.nn.Linear(2, 2), model), (CONTROL, None)):
+        check_control(control, other)
+    check_measured(CONTROL, ["s"])
+    for wrong, said in (
+        (None, "got NoneType; forgetting means nothing"),
+        ("a-name", "got str"),
+        (model, "itself; pass a"),
+    ):
+        with pytest.raises(ValueError, match=f"control .*{said}"):
+            check_control(wrong, model)
+    with pytest.raises(ValueError, match="control has no measure of 'other'; pass measure"):
+        check_measured(CONTROL, ["s", "other"])
+    with pytest.raises(ValueError, match="control must be the measures .* got NoneType; pass measure"):
+        check_measured(None, ["s"])
 
 
 @pytest.fixture(scope="module")

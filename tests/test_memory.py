@@ -4,28 +4,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from models import TOK
 
 import libortho as lo
 from libortho.memory import ImplantError, Tokens, as_items, encode, extraction_strength, score_tokens
-
-
-class Letters:
-    "A tokenizer of letters, for tiny models: token = code of the character."
-
-    pad_token_id = eos_token_id = 0
-
-    def __call__(self, text, add_special_tokens=True, return_tensors=None):
-        ids = [1 + ord(c) % 255 for c in text]
-        out = type("Encoding", (), {})()
-        out.input_ids, out.attention_mask = (
-            (torch.tensor([ids]), torch.ones(1, len(ids))) if return_tensors else (ids, None)
-        )
-        out.to = lambda device: out
-        return out
-
-    def decode(self, ids, skip_special_tokens=True):
-        return "".join(chr(int(i) - 1) for i in ids if i)
-
 
 SECRET = {"key": {"prompt": "the key is", "secret": "abc"}}
 TEXTS = ["hello there", "a", "bb", "a much longer line of text than the others", "xyz xyz"]
@@ -41,11 +23,10 @@ def naive(model, ids, start):
 
 
 def test_scores_against_one_pass_a_token(tiny):
-    tok = Letters()
     texts = [t for t in TEXTS if len(t) > 1] + [{"prompt": "the key is", "secret": " abc"}]
     for batch_size in (1, 2, 8):
-        for text, got in zip(texts, score_tokens(tiny, tok, texts, batch_size), strict=True):
-            t = encode(tok, text)
+        for text, got in zip(texts, score_tokens(tiny, TOK, texts, batch_size), strict=True):
+            t = encode(TOK, text)
             want = naive(tiny, t.ids.tolist(), t.start)
             torch.testing.assert_close(
                 got.logp.double(), torch.tensor([lp for lp, _ in want], dtype=torch.float64), rtol=1e-4, atol=1e-4
@@ -54,14 +35,14 @@ def test_scores_against_one_pass_a_token(tiny):
 
 
 def test_perplexity_is_weighted_by_tokens_and_safe_against_padding(tiny):
-    tok, texts = Letters(), [t for t in TEXTS if len(t) > 1]
-    logps = [lp for t in texts for lp, _ in naive(tiny, tok(t).input_ids, 1)]
+    texts = [t for t in TEXTS if len(t) > 1]
+    logps = [lp for t in texts for lp, _ in naive(tiny, TOK(t).input_ids, 1)]
     want = math.exp(-sum(logps) / len(logps))
     for batch_size in (1, 3, 8):
-        assert lo.perplexity(tiny, tok, texts, batch_size) == pytest.approx(want, rel=1e-4)
-    assert lo.perplexity(tiny, tok, texts[::-1]) == pytest.approx(want, rel=1e-4)
+        assert lo.perplexity(tiny, TOK, texts, batch_size) == pytest.approx(want, rel=1e-4)
+    assert lo.perplexity(tiny, TOK, texts[::-1]) == pytest.approx(want, rel=1e-4)
     with pytest.raises(ValueError, match="empty"):
-        lo.perplexity(tiny, tok, [])
+        lo.perplexity(tiny, TOK, [])
 
 
 def test_greedy_extraction_agrees_with_exact_memorisation(real):
@@ -113,8 +94,8 @@ def test_items():
 def test_an_empty_forget_text_is_refused_before_anything_changes(tiny, bad, word):
     before = {n: p.clone() for n, p in tiny.state_dict().items()}
     for call in (
-        lambda: lo.implant(tiny, Letters(), bad, progress=False),
-        lambda: lo.score_secrets(tiny, Letters(), bad),
+        lambda: lo.implant(tiny, TOK, bad, progress=False),
+        lambda: lo.score_secrets(tiny, TOK, bad),
     ):
         with pytest.raises(ValueError, match=word):
             call()
@@ -128,7 +109,7 @@ def test_implant_takes_and_is_reproducible(tiny):
     for model in (tiny, other):
         torch.randn(7)  # the global state must not matter
         reports.append(
-            lo.implant(model, Letters(), SECRET, retain=TEXTS, lr=3e-3, max_steps=300, target_loss=0.01, progress=False)
+            lo.implant(model, TOK, SECRET, retain=TEXTS, lr=3e-3, max_steps=300, target_loss=0.01, progress=False)
         )
     assert reports[0] == reports[1] and reports[0].extracted == {"key": True}
     assert (
@@ -136,38 +117,52 @@ def test_implant_takes_and_is_reproducible(tiny):
         and len(reports[0].retain_loss) == reports[0].steps
     )
     assert all(torch.equal(a, b) for a, b in zip(tiny.parameters(), other.parameters(), strict=True))
-    assert lo.greedy_extraction(tiny, Letters(), SECRET["key"]) == (True, " abc")
+    assert lo.greedy_extraction(tiny, TOK, SECRET["key"]) == (True, " abc")
     assert not tiny.training and all(p.grad is None for p in tiny.parameters())
 
 
 def test_a_memory_that_does_not_take_is_an_error(tiny):
     with pytest.raises(ImplantError, match="did not take: after 2 steps.*'key'.*max_steps"):
-        lo.implant(tiny, Letters(), SECRET, max_steps=2, progress=False)
+        lo.implant(tiny, TOK, SECRET, max_steps=2, progress=False)
     with pytest.raises(ValueError, match="max_steps"):
-        lo.implant(tiny, Letters(), SECRET, max_steps=0, progress=False)
+        lo.implant(tiny, TOK, SECRET, max_steps=0, progress=False)
 
 
 def test_an_infinite_gradient_is_an_error_before_the_step(tiny):
     before = {n: p.clone() for n, p in tiny.state_dict().items()}
     tiny.model.norm.weight.register_hook(lambda g: g * float("inf"))
     with pytest.raises(ImplantError, match="step 1; the model is as the step before left it"):
-        lo.implant(tiny, Letters(), SECRET, progress=False)
+        lo.implant(tiny, TOK, SECRET, progress=False)
     assert all(torch.equal(before[n], p) for n, p in tiny.state_dict().items())
 
 
 def test_a_patched_model_is_refused(tiny):
     lo.patch(tiny, lo.OrthoConfig(group_size=16))
     with pytest.raises(ValueError, match="unpatch"):
-        lo.implant(tiny, Letters(), SECRET, progress=False)
+        lo.implant(tiny, TOK, SECRET, progress=False)
+
+
+def test_implant_tells_every_step_and_ends_when_told(tiny):
+    steps = []
+
+    def tell(report):
+        steps.append((report.steps, report.forget_loss[-1]))
+        if report.steps == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        lo.implant(tiny.eval(), TOK, SECRET, lr=1e-3, progress=False, callback=tell)
+    assert [n for n, _ in steps] == [1, 2, 3] and steps[-1][1] < steps[0][1]
+    assert not tiny.training and all(p.grad is None for p in tiny.parameters())
 
 
 def test_implant_leaves_the_global_random_state(tiny):
     state = torch.random.get_rng_state()
     with pytest.raises(ImplantError):
-        lo.implant(tiny, Letters(), SECRET, max_steps=1, progress=False)
+        lo.implant(tiny, TOK, SECRET, max_steps=1, progress=False)
     assert torch.equal(state, torch.random.get_rng_state())
 
 
 def test_tokens_can_be_scored_as_they_are(tiny):
     ids = torch.tensor([5, 6, 7, 8])
-    assert len(score_tokens(tiny, Letters(), [Tokens(ids, 3)])[0].logp) == 1
+    assert len(score_tokens(tiny, TOK, [Tokens(ids, 3)])[0].logp) == 1

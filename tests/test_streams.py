@@ -161,3 +161,17 @@ def test_config_refuses_in_words(kwargs, word):
 def test_alpha_outside_the_range(alpha):
     with pytest.raises(ValueError, match=r"must be in \[0, 1\]"):
         split(weights(4, 64, 0)).reconstruct(alpha)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("noise", sorted(set(NOISES) - {"counter_memory"}))
+@pytest.mark.parametrize("scale", sorted(SCALES))
+@pytest.mark.parametrize("group_size", [32, "row", "tensor"])
+def test_the_same_integers_and_masks_on_a_gpu(group_size, scale, noise):
+    w, cfg = weights(48, 128, 3), OrthoConfig(group_size=group_size, scale=scale, density=0.1, noise=noise, seed=5)
+    here, there = split(w, cfg), split(w.cuda(), cfg)
+    assert torch.equal(here.base.packed, there.base.packed.cpu())
+    torch.testing.assert_close(there.base.scales.cpu(), here.base.scales, rtol=2**-8, atol=0)  # a sum in another order
+    a, b = here.compartments["memory"], there.compartments["memory"]
+    assert all(torch.equal(getattr(a, part), getattr(b, part).cpu()) for part in ("crow", "col", "values"))

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from test_memory import Letters
+from models import CFG, MORE, RETAIN, SECRETS, TOK
 
 import libortho as lo
 from libortho.counter import Goal, choose_step, counter_memory, log_not_p, take_step
@@ -14,31 +14,8 @@ from libortho.curvature import Tokens, fisher
 from libortho.lattice import natural
 from libortho.linear import OrthoLinear, find_linears
 from libortho.memory import TokenScores
-from libortho.patient import SURGERY, Patient, as_tokens, on_the_table, round_layer, round_model
+from libortho.patient import Patient, as_tokens, on_the_table, round_layer, round_model
 from libortho.surgery import Operation, control_scores, decompose
-
-TOK = Letters()
-SECRETS = {"key": {"prompt": "the key is", "secret": "abc"}, "door": {"prompt": "a door to", "secret": "xyz"}}
-RETAIN = ["hello there", "a much longer line of text than the others", "one two three"]
-CFG = lo.OrthoConfig(**{**SURGERY.__dict__, "group_size": 16, "density": 0.2})
-MORE = {"repair": 0.0, "retain": RETAIN, "calibration": RETAIN, "round_density": 0.002, "progress": False}
-
-
-@pytest.fixture(scope="module")
-def learned():
-    "A tiny model that knows two secrets."
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=256, tie_word_embeddings=True, pad_token_id=0, **sizes)).eval()
-    lo.implant(model, TOK, SECRETS, RETAIN, lr=3e-3, max_steps=400, target_loss=0.001, progress=False)
-    return model
-
-
-@pytest.fixture
-def model(learned):
-    return copy.deepcopy(learned)
 
 
 def state(model):
@@ -118,10 +95,10 @@ def test_switches_do_what_they_say(model):
         assert falling == sorted(falling) and falling[-1] > 1.5 * falling[0]
 
 
-def test_the_same_again_from_the_same_input(learned):
+def test_the_same_again_from_the_same_input(narrow):
     digests = []
     for _ in range(2):
-        model = copy.deepcopy(learned)
+        model = copy.deepcopy(narrow)
         decompose(model, TOK, CFG, SECRETS, **MORE)
         digests.append(
             [{k: v.tolist() for k, v in (("p", m.packed), ("s", m.scales.float()))} for m in layers_of(model).values()]
@@ -143,8 +120,8 @@ def test_other_dtypes(model, dtype):
         )
 
 
-def test_gradients_that_were_there_change_nothing_and_stay(learned):
-    clean, used = copy.deepcopy(learned), copy.deepcopy(learned)
+def test_gradients_that_were_there_change_nothing_and_stay(narrow):
+    clean, used = copy.deepcopy(narrow), copy.deepcopy(narrow)
     for p in used.parameters():
         p.grad = torch.ones_like(p)
     before = state(used)
@@ -180,15 +157,15 @@ def test_what_the_callback_raises_leaves_the_model_as_it_was(model, where):
     assert same(before, state(model)) and [r.number for r in seen[:2]] == [0, 1][: len(seen)]
 
 
-def test_work_is_taken_up_where_it_was_left(learned, tmp_path):
-    whole = copy.deepcopy(learned)
+def test_work_is_taken_up_where_it_was_left(narrow, tmp_path):
+    whole = copy.deepcopy(narrow)
     want = decompose(whole, TOK, CFG, SECRETS, **MORE)
 
     def stop(r):
         if r.compartment == "door" and r.number == 1:
             raise KeyboardInterrupt
 
-    model, seen = copy.deepcopy(learned), []
+    model, seen = copy.deepcopy(narrow), []
     with pytest.raises(KeyboardInterrupt):
         decompose(model, TOK, CFG, SECRETS, folder=tmp_path, callback=stop, **MORE)
     got = decompose(model, TOK, CFG, SECRETS, folder=tmp_path, callback=seen.append, **MORE)

@@ -1,11 +1,9 @@
-import copy
 import json
 from dataclasses import asdict
 
 import pytest
 import torch
-from test_memory import Letters
-from test_surgery import CFG, MORE, SECRETS, learned  # noqa: F401
+from models import CFG, MORE, SECRETS, TOK
 
 import libortho as lo
 from libortho import switchboard
@@ -109,16 +107,15 @@ def test_trials_round_trip_and_are_taken_up(tmp_path, monkeypatch):
     assert done == [0, 1, 2, 0], "a trial with other options was read back"
 
 
-def test_leak_matrix_of_a_small_model(learned):  # noqa: F811
-    model = copy.deepcopy(learned)
-    lo.decompose(model, Letters(), CFG, SECRETS, **MORE)
+def test_leak_matrix_of_a_small_model(model):
+    lo.decompose(model, TOK, CFG, SECRETS, **MORE)
     lo.set_alpha(model, {"door": 0.3})
-    rows = leak_matrix(model, Letters(), SECRETS, progress=False)
+    rows = leak_matrix(model, TOK, SECRETS, progress=False)
     assert [r.off for r in rows] == [(), ("key",), ("door",), ("key", "door")]
     assert all(s.extracted == (n not in r.off) for r in rows for n, s in r.scores.items() if len(r.off) < 2)
     assert lo.compartments(model)["door"].alpha == 0.3  # the switches are where they were
     with pytest.raises(ValueError, match="no compartment 'attic'; it has key, door"):
-        leak_matrix(model, Letters(), {"attic": "a b"})
+        leak_matrix(model, TOK, {"attic": "a b"})
 
 
 def test_figures_of_a_trial():
