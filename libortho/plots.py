@@ -4,17 +4,28 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'MARKERS', 'plot_lattice', 'plot_forget_retain', 'plot_damage', 'plot_alpha', 'plot_policies', 'plot_leaks',
-           'plot_where']
+           'plot_where', 'plot_roofline']
 
-# %% ../nbs/api/13_plots.ipynb #1b9d62c3
+# %% ../nbs/api/13_plots.ipynb #ff89bb87
+import io
+
+import matplotlib.figure
 import numpy as np
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
 from .evaluate import GATES, Comparison, Result, factor
 from .lattice import fit_scales, lattice_top, natural
 from .sieve import resolve_density
+
+# %% ../nbs/api/13_plots.ipynb #2d209018
+class Figure(matplotlib.figure.Figure):
+    "A figure that a notebook shows, also where pyplot was never imported."
+
+    def _repr_png_(self) -> bytes:
+        out = io.BytesIO()
+        self.savefig(out, format="png")
+        return out.getvalue()
 
 # %% ../nbs/api/13_plots.ipynb #c3f816fa
 COLOURS = {"base": "#0072B2", "ortho": "#E69F00", "forget": "#D55E00", "retain": "#009E73", "control": "#777777"}
@@ -259,4 +270,23 @@ def plot_where(
         ax.tick_params(axis="y", labelsize=7, length=0)
         fig.colorbar(image, ax=ax, label="% of them")
     axes[-1].set(xlabel="block")
+    return fig
+
+# %% ../nbs/api/13_plots.ipynb #02566ea2
+def plot_roofline(
+    points: dict[str, list[tuple[float, float]]],  # (operations per byte, 10⁹ operations per second), by contender
+    bandwidth: float,  # of memory, 10⁹ bytes per second
+    peak: float,  # of the processor, 10⁹ operations per second
+) -> Figure:
+    "Speed against operations per byte, below what memory and processor allow. Raises ValueError for a roof of nothing."
+    if not (bandwidth > 0 and peak > 0): raise ValueError(f"bandwidth and peak must be above 0, got {bandwidth} and {peak}")
+    fig = Figure(figsize=(6, 3.2), layout="constrained")
+    ax, colours = fig.subplots(), [COLOURS[c] for c in ("ortho", "control", "base", "retain", "forget")]
+    at = [x for series in points.values() for x, _ in series] + [peak / bandwidth]
+    xs = np.geomspace(min(at) / 2, max(at) * 2, 200)
+    ax.plot(xs, np.minimum(peak, bandwidth * xs), color="black", lw=1, label="roof")
+    for (name, series), colour, marker in zip(points.items(), colours * len(points), "osv^DP" * len(points)):
+        ax.plot(*zip(*series), marker=marker, ls=":", color=colour, label=name, ms=5)
+    ax.set(xscale="log", yscale="log", xlabel="operations per byte of weight", ylabel="10⁹ operations per second")
+    ax.legend(frameon=False, fontsize=8)
     return fig
