@@ -73,11 +73,14 @@ setup(
     ],
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
-    # The sources of the kernels live at the top level, and are a subpackage once installed.
-    packages=[*find_packages(include=["libortho", "libortho.*"]), "libortho.kernels"],
-    package_dir={"libortho.kernels": "kernels"},
-    package_data={"libortho.kernels": ["*.cpp", "*.cu", "*.h", "*.cuh"]},
+    extras_require={
+        "lab": cfg["lab_requirements"].split(),
+        "dev": cfg["lab_requirements"].split() + cfg["dev_requirements"].split(),
+    },
+    # The sources of the kernels and the experiment notebooks live elsewhere, and are subpackages once installed.
+    packages=[*find_packages(include=["libortho", "libortho.*"]), "libortho.kernels", "libortho.experiments"],
+    package_dir={"libortho.kernels": "kernels", "libortho.experiments": "nbs/experiments"},
+    package_data={"libortho.kernels": ["*.cpp", "*.cu", "*.h", "*.cuh"], "libortho.experiments": ["*.ipynb"]},
     ext_modules=ext_modules(),
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),

@@ -87,3 +87,19 @@ _all_ = [
 
 # %% ../nbs/api/16_public.ipynb #f206805a
 register()
+
+# %% ../nbs/api/16_public.ipynb #2ccf6d41
+_LABS = {f"{name}_lab": f"libortho.{name}lab" for name in ("alpha", "gap", "lattice", "surgery", "tuner")}
+
+
+def __getattr__(name: str):
+    if name not in _LABS: raise AttributeError(f"module 'libortho' has no attribute {name!r}")
+    from importlib import import_module
+
+    try: return getattr(import_module(_LABS[name]), name)
+    except ModuleNotFoundError as e:
+        if (e.name or "").startswith("libortho"): raise
+        raise AttributeError(f"{name} needs {e.name}; pip install 'libortho[lab]'") from e  # so that hasattr says no
+
+
+def __dir__() -> list[str]: return sorted({*globals(), *_LABS})

@@ -90,12 +90,13 @@ int main() {
       double difference = 0, norm = 0, rounding = 0;
       for (int64_t t = 0; t < m; ++t)
         for (int64_t r = 0; r < n; ++r) {
-          double right = 0, again = 0;
+          double right = 0, again = 0, terms = 0;  // a single sum may cancel to nothing, its terms do not
           for (int64_t c = 0; c < k; ++c) {
             right += dense[r * k + c] * x[t * k + c];
+            terms += std::pow(dense[r * k + c] * x[t * k + c], 2);
             again += double(turned[c * panels * kRows + r]) * x[t * k + c];
           }
-          difference += std::pow(y[t * n + r] - right, 2) + std::pow(again - right, 2), norm += right * right;
+          difference += std::pow(y[t * n + r] - right, 2) + std::pow(again - right, 2), norm += std::max(right * right, terms);
           rounding += std::pow(coarse[t * n + r] - right, 2);
         }
       const double error = std::sqrt(difference / norm);

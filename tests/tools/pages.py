@@ -1,7 +1,8 @@
 """Builds what people read from the notebooks, with or without Quarto.
 
 pages.py readme     nbs/index.ipynb → README.md
-pages.py site       nbs/ → _docs/: the Quarto site, or plain HTML pages where there is no `quarto` on PATH
+pages.py site       nbs/ → _docs/: the Quarto site, or plain HTML pages where there is no `quarto` on PATH; of these
+                    every link, anchor, image, alternative text and front matter is checked, and an error fails
 """
 
 import argparse
@@ -10,7 +11,9 @@ import re
 import shutil
 import subprocess
 from html import escape
+from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import nbformat
 import yaml
@@ -126,12 +129,17 @@ def site(force_plain=False):
     os.chdir(cfg.config_path)  # nbdev skips every file of a tree below a hidden folder, unless the path is relative
     processed = proc_nbs(path=cfg.nbs_path.name, force=True, n_workers=min(os.cpu_count(), 4))
     shutil.rmtree(cfg.doc_path, ignore_errors=True)
+    pages = plain_site(processed, cfg.doc_path, f"{cfg.doc_host}{cfg.doc_baseurl}/", cfg.title)
+    errors = [*front_errors(pages), *link_errors(cfg.doc_path)]
+    if errors:
+        raise SystemExit("\n".join(["the site has errors:", *errors]))
+    print(f"{len(pages)} pages: links, anchors, images, alternative texts and front matter are in order")
     if shutil.which("quarto") and not force_plain:
+        shutil.rmtree(cfg.doc_path)
         subprocess.run(["quarto", "render", "--no-cache"], cwd=processed, check=True)
         shutil.move(processed / cfg.doc_path.name, cfg.doc_path)
     else:
         print("`quarto` is not on PATH, so these are plain HTML pages: no search and no theme, the same text.")
-        plain_site(processed, cfg.doc_path, f"{cfg.doc_host}{cfg.doc_baseurl}/", cfg.title)
     print(f"{cfg.doc_path.name}/index.html is the first page")
 
 
@@ -162,6 +170,59 @@ def plain_site(source, target, url, title):
         page = PAGE.format(title=escape(title), css=CSS, up=up, nav=navigation(pages, up, name), body=head + body)
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         (target / name).write_text(page, encoding="utf-8")
+    return pages
+
+
+def front_errors(pages):
+    "Pages without a title or a description, and titles that two pages share."
+    seen = {}
+    for name, front, _ in pages:
+        for key in ("title", "description"):
+            if not str(front.get(key) or "").strip():
+                yield f"{name}: its front matter has no {key}"
+        title = front.get("title")
+        if title in seen:
+            yield f"{name}: its title {title!r} is that of {seen[title]} too"
+        seen.setdefault(title, name)
+
+
+class Links(HTMLParser):
+    "What a page links to, the names it can be linked at, and its images."
+
+    def __init__(self, text):
+        super().__init__()
+        self.links, self.names, self.unnamed = [], set(), []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        given = dict(attrs)
+        self.names |= {unquote(given[key]) for key in ("id", "name") if given.get(key)}
+        self.links += [given[key] for key in ("href", "src") if given.get(key)]
+        if tag == "img" and not (given.get("alt") or "").strip():
+            self.unnamed.append(given.get("src", "")[:60])
+
+    def has(self, name):
+        "Can it be linked at `name`? What nbdev links to a method is on the page of its class."
+        return name in self.names or name.rpartition(".")[0] in self.names
+
+
+def link_errors(folder):
+    "Links of the pages in `folder` that lead nowhere, and images without an alternative text."
+    pages = {path: Links(path.read_text(encoding="utf-8")) for path in sorted(folder.rglob("*.html"))}
+    for path, page in pages.items():
+        here = path.relative_to(folder)
+        yield from (f"{here}: image {src!r} has no alternative text" for src in page.unnamed)
+        for link in page.links:
+            parts = urlsplit(link)
+            if parts.scheme or parts.netloc:
+                continue
+            there = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            if there.is_dir():
+                there /= "index.html"
+            if not there.exists() or folder.resolve() not in there.resolve().parents:
+                yield f"{here}: {link!r} leads nowhere"
+            elif parts.fragment and there in pages and not pages[there].has(unquote(parts.fragment)):
+                yield f"{here}: {link!r}: the page has no such place"
 
 
 def page_name(notebook):
