@@ -90,7 +90,8 @@ def golden_of_surgery(metrics):
 
 # The same two secrets and operation for every experiment that looks at a model with switches: they share stages.
 SWITCHED = {"secrets": 2, "seed": 7, "targets": "down_proj", "density": 3e-4, "round_density": 2e-5}
-SMALL_PRIVACY = SWITCHED | {"others": 16, "alternatives": 7, "singles": 1, "prose_texts": 1}
+SEVERAL = {k: v for k, v in SWITCHED.items() if k != "seed"} | {"seeds": [SWITCHED["seed"]]}  # of several models: one
+SMALL_PRIVACY = SEVERAL | {"others": 16, "alternatives": 7, "singles": 1, "prose_texts": 1}
 PRIVACY_TOLERANCES = {"log10 retain_ppl": (0.0, 0.06), "log10 prose_ppl": (0.0, 0.06), "log10 secret_ppl": (0.0, 0.48)}
 
 
@@ -154,8 +155,7 @@ def golden_of_geometry(metrics):
     return {"recited": metrics["recited"], "tests": tests}
 
 
-SMALL_ATTACKS = {k: v for k, v in SWITCHED.items() if k != "seed"} | {"seeds": [7], "cap": 20}
-SMALL_ATTACKS |= {"changes": ["NF4, blocks of 64", "pruned, 30 %"], "side_cap": 2, "fresh": 4}
+SMALL_ATTACKS = SEVERAL | {"cap": 20, "changes": ["NF4, blocks of 64", "pruned, 30 %"], "side_cap": 2, "fresh": 4}
 SMALL_ATTACKS |= {"temperatures": [0.7], "samples": 2}
 
 
@@ -189,9 +189,42 @@ def golden_of_dp(metrics):
     return {"norms": norms, "rows": rows} | {k: metrics[k] for k in ("weights", "places", "delta", "relation")}
 
 
+FORGET01 = {"authors": 1, "questions": 3, "epochs": 6, "lr": 3e-4, "every": 15, "budget": 3e-4, "round_density": 2e-5}
+
+
+def golden_of_forget01(metrics):
+    "Three questions an author: what each state says of them, and of what is to stay."
+    mean = lambda v: sum(v["exact_memorisation"]) / len(v["exact_memorisation"])  # noqa: E731
+    scores = {state: {k: mean(v) for k, v in row.items()} for state, row in metrics["scores"].items()}
+    return {"scores": scores, "aims": [a["what"] for a in metrics["aims"]]}
+
+
+SMALL_RACE = {"shapes": [[64, 128], [128, 256]], "tokens": [1, 16], "densities": [0.005], "rotate_mb": 1, "rounds": 2}
+SMALL_RACE |= {"decode": ["smollm2-135m"], "decode_tokens": 2}
+
+
+def golden_of_performance(metrics):
+    "Who raced, and how many bytes each reads; how long it took is no golden."
+    size = lambda shape: math.prod(map(int, shape.split(" × ")))  # noqa: E731
+    layers = [r for r in metrics["layers"] if r["contender"] != "bitsandbytes"]
+    return {
+        "layers": [
+            {k: r[k] for k in ("shape", "tokens", "contender")}
+            | {"bytes a weight": 1e6 * r["GB/s"] * r["ms"] / size(r["shape"])}
+            for r in layers
+        ],
+        "decode": [{k: r[k] for k in ("activations", "weights", "read for a token, MB")} for r in metrics["decode"]],
+    }
+
+
+PERFORMANCE_TOLERANCES = {"bytes a weight": (1e-6, 0.0), "read for a token, MB": (0.05, 0.0)}
+FORGET01_TOLERANCES = {k: (0.0, 0.15) for k in ("author 1", "author 2", "paraphrased", "never trained", "world facts")}
+FORGET01_TOLERANCES |= {k: (0.0, 0.15) for k in ("retain, in calibration", "retain, not in calibration")}
 GOLDEN = {
     "01_tofu": (SMALL, golden_of, TOLERANCES),
     "02_surgery": (SMALL_SURGERY, golden_of_surgery, SURGERY_TOLERANCES),
+    "03_tofu_forget01": (FORGET01, golden_of_forget01, FORGET01_TOLERANCES),
+    "04_performance": (SMALL_RACE, golden_of_performance, PERFORMANCE_TOLERANCES),
     "05_privacy": (SMALL_PRIVACY, golden_of_privacy, PRIVACY_TOLERANCES),
     "06_utility": (SMALL_UTILITY, golden_of_utility, {"log10 prose": (0.0, 0.06), "log10 facts": (0.0, 0.06)}),
     "07_genius": (
@@ -281,13 +314,11 @@ def test_the_rest_against_their_goldens(tmp_path, stages, name):
         assert solved["impact, skill"] > solved["residual"] > solved["random"]
 
 
-FORGET01 = {"authors": 1, "questions": 3, "epochs": 6, "lr": 3e-4, "every": 15, "budget": 3e-4, "round_density": 2e-5}
-
-
 @pytest.mark.slow
 def test_forget01_runs_small(tmp_path, tofu_data, monkeypatch):
     "Six questions, one retain author: every figure is there, and there was a memory."
     metrics = run_experiment("03_tofu_forget01", tmp_path, data=str(tofu_data), **FORGET01)
+    assert not differences(golden_of_forget01(metrics), read_golden("03_tofu_forget01"))
     assert metrics["valid"] and set(metrics["forget_quality"]) >= {"control", "full, float", "α = 1", "α = 0"}
     aims = {a["what"]: a for a in metrics["aims"]}
     off = aims["author 1: α=0 − control, exact memorisation"]
@@ -296,13 +327,11 @@ def test_forget01_runs_small(tmp_path, tofu_data, monkeypatch):
     assert off["value"] < on - control, "the switch did nothing"
 
 
-SMALL_RACE = {"shapes": [[64, 128], [128, 256]], "tokens": [1, 16], "densities": [0.005], "rotate_mb": 1, "rounds": 2}
-
-
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 def test_performance_runs_small(tmp_path):
     "Every contender has a time in every cell; how long it was is not a test."
-    metrics = run_experiment("04_performance", tmp_path, decode=["smollm2-135m"], decode_tokens=2, **SMALL_RACE)
+    metrics = run_experiment("04_performance", tmp_path, **SMALL_RACE)
+    assert not differences(golden_of_performance(metrics), read_golden("04_performance"))
     assert metrics["valid"] and metrics["errors"]["plain"] < 1e-5
     weights = [r["weights"] for r in metrics["decode"]]
     assert weights == ["float32", "base only", "dual", "bfloat16", "base only", "dual"]
@@ -314,7 +343,7 @@ def test_performance_runs_small(tmp_path):
 def test_performance_refuses_a_kernel_that_did_not_run(tmp_path, monkeypatch):
     monkeypatch.setenv("LIBORTHO_BACKEND", "reference")
     with pytest.raises(PapermillExecutionError, match="INVALID: the compiled kernel is not what would run"):
-        run_experiment("04_performance", tmp_path, decode=[], **SMALL_RACE)
+        run_experiment("04_performance", tmp_path, **SMALL_RACE | {"decode": []})
     assert not (tmp_path / "metrics.json").exists()
 
 
@@ -370,10 +399,13 @@ def test_a_planted_regression_is_caught(tmp_path, monkeypatch):
 
 
 def write(names):
+    from conftest import DATA
+
     for name in names or GOLDEN:
         parameters, of, tolerances = GOLDEN[name]
+        data = {"data": str(DATA / "tofu")} if name == "03_tofu_forget01" else {}
         with tempfile.TemporaryDirectory() as folder:
-            write_golden(name, of(run_experiment(name, folder, **parameters)), tolerances, parameters)
+            write_golden(name, of(run_experiment(name, folder, **data, **parameters)), tolerances, parameters)
         sys.stdout.write(f"wrote {name}\n")
 
 

@@ -201,6 +201,7 @@ class Page:
         self.context.set_default_timeout(60_000)
         self.page, self.faults, self.theme = self.context.new_page(), [], theme
         self.kernel = ""  # the last state that the kernel told
+        self.stderr = ""  # all that it wrote there; one traceback may come in several pieces
         self.context.route(re.compile(r"^https?://(?!127\.0\.0\.1:)"), lambda route: route.abort())  # no network
         self.page.on("console", self._console)
         self.page.on("pageerror", lambda e: self._fault("page", str(e)))
@@ -222,10 +223,8 @@ class Page:
         elif kind == "error":
             trace = re.sub(r"\x1b\[[\d;]*m", "", "\n".join(content["traceback"]))
             self._fault("kernel", f"{content['ename']}: {content['evalue']}\n{trace}")
-        elif (
-            kind == "stream" and content["name"] == "stderr" and "Traceback (most recent call last)" in content["text"]
-        ):
-            self._fault("stderr", content["text"])  # of a thread
+        elif kind == "stream" and content["name"] == "stderr":
+            self.stderr += content["text"]
 
     def look(self):
         "The faults so far, with the error outputs and the sentences of labs that are on the page now."
@@ -237,7 +236,8 @@ class Page:
             if re.search("Traceback|error when executing", text)
         ]
         shown += [text for text in self.page.locator(".lo-wrong").all_inner_texts() if text.strip()]
-        return [*self.faults, *(f"shown: {text.strip()}" for text in shown)]
+        threads = [f"stderr: {self.stderr}"] if "Traceback (most recent call last)" in self.stderr else []
+        return [*self.faults, *threads, *(f"shown: {text.strip()}" for text in shown)]
 
     def slider(self, label):
         "The handle of the slider that is called `label`."
