@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SAMPLERS', 'ATTACKS', 'sampling_logp', 'log10_attempts', 'Profile', 'token_profile', 'profiles', 'secret_logp',
            'exposure', 'continuation_logp', 'peer_levels', 'lowest_mean', 'membership', 'Interval', 'area', 'auc',
-           'auc_difference', 'either_way', 'tpr_at']
+           'auc_difference', 'either_way', 'tpr_at', 'over_models']
 
 # %% ../nbs/api/10e_privacy.ipynb #a0c4b166
 import math
@@ -271,9 +271,22 @@ def tpr_at(
     fpr: float = 0.01,  # highest share of the others that may be taken for members
 ) -> float:  # share of the members that are found, in steps of 1 / len(members)
     "True positive rate at a false positive rate, which has steps of 1 / len(others)."
-    if fpr * len(others) < 1:
+    if fpr * len(others) < 1 - 1e-9:
         need = math.ceil(1 / fpr) if fpr > 0 else "more"
         raise ValueError(f"fpr {fpr} of {len(others)} others is less than one; give {need} others or more")
     allowed = math.floor(fpr * len(others) + 1e-9)
     threshold = np.sort(np.asarray(others, float))[::-1][allowed] if allowed < len(others) else -math.inf
     return float((np.asarray(members, float) > threshold).mean())
+
+# %% ../nbs/api/10e_privacy.ipynb #dc9a8957
+def over_models(
+    found: list[Interval],  # the same figure of several models, which share no members
+    level: float = 0.95,  # of the interval
+    bounds: tuple[float, float] = (-math.inf, math.inf),  # where the figure can lie
+) -> Interval:
+    "Mean, with Student's interval over the models; a single model keeps its own. Raises ValueError for none."
+    if not found: raise ValueError("found is empty; give the figure of one model at least")
+    if len(found) == 1: return found[0]
+    values = [i.value for i in found]
+    mean, half = float(np.mean(values)), float(stats.t.ppf((1 + level) / 2, len(values) - 1) * stats.sem(values))
+    return Interval(mean, max(bounds[0], mean - half), min(bounds[1], mean + half))

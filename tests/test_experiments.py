@@ -204,27 +204,21 @@ SMALL_RACE |= {"decode": ["smollm2-135m"], "decode_tokens": 2}
 
 
 def golden_of_performance(metrics):
-    "Who raced, and how many bytes each reads; how long it took is no golden."
-    size = lambda shape: math.prod(map(int, shape.split(" × ")))  # noqa: E731
+    "Who raced, and how much memory a token reads; how long it took is no golden."
     layers = [r for r in metrics["layers"] if r["contender"] != "bitsandbytes"]
     return {
-        "layers": [
-            {k: r[k] for k in ("shape", "tokens", "contender")}
-            | {"bytes a weight": 1e6 * r["GB/s"] * r["ms"] / size(r["shape"])}
-            for r in layers
-        ],
+        "layers": [{k: r[k] for k in ("shape", "tokens", "contender")} for r in layers],
         "decode": [{k: r[k] for k in ("activations", "weights", "read for a token, MB")} for r in metrics["decode"]],
     }
 
 
-PERFORMANCE_TOLERANCES = {"bytes a weight": (1e-6, 0.0), "read for a token, MB": (0.05, 0.0)}
 FORGET01_TOLERANCES = {k: (0.0, 0.15) for k in ("author 1", "author 2", "paraphrased", "never trained", "world facts")}
 FORGET01_TOLERANCES |= {k: (0.0, 0.15) for k in ("retain, in calibration", "retain, not in calibration")}
 GOLDEN = {
     "01_tofu": (SMALL, golden_of, TOLERANCES),
     "02_surgery": (SMALL_SURGERY, golden_of_surgery, SURGERY_TOLERANCES),
     "03_tofu_forget01": (FORGET01, golden_of_forget01, FORGET01_TOLERANCES),
-    "04_performance": (SMALL_RACE, golden_of_performance, PERFORMANCE_TOLERANCES),
+    "04_performance": (SMALL_RACE, golden_of_performance, {"read for a token, MB": (0.05, 0.0)}),
     "05_privacy": (SMALL_PRIVACY, golden_of_privacy, PRIVACY_TOLERANCES),
     "06_utility": (SMALL_UTILITY, golden_of_utility, {"log10 prose": (0.0, 0.06), "log10 facts": (0.0, 0.06)}),
     "07_genius": (
@@ -290,7 +284,10 @@ def test_privacy_against_its_golden(tmp_path, stages):
     metrics = run_experiment("05_privacy", tmp_path, keep=str(stages), **SMALL_PRIVACY)
     assert not differences(golden_of_privacy(metrics), read_golden("05_privacy"))
     aims = {a["what"]: a for a in metrics["aims"]}
-    assert aims["α = 0: secrets recited"]["holds"] and aims["one switch closed: its secret is gone"]["holds"]
+    for off in ("α = 0", "α = 0, peers"):
+        assert (
+            aims[f"{off}: secrets recited"]["holds"] and aims[f"{off}, one switch closed: its secret is gone"]["holds"]
+        )
 
 
 @pytest.mark.slow

@@ -238,6 +238,21 @@ def test_intervals_hold_what_they_promise(rng):
     assert 260 <= alone <= 298 and 260 <= paired <= 298, (alone, paired)
 
 
+def test_models_vouch_for_few_members(rng):
+    "With 4 members each, Student's interval over 5 models holds its promise; DeLong's of one model does not."
+    truth, several, single = stats.norm.cdf(0.7 / math.sqrt(2)), 0, 0
+    for _ in range(300):
+        found = [privacy.auc(rng.normal(0.7, 1, 4), rng.normal(0, 1, 120)) for _ in range(5)]
+        i = privacy.over_models(found, bounds=(0, 1))
+        several += i.low <= truth <= i.high
+        single += found[0].low <= truth <= found[0].high
+        assert i.value == pytest.approx(np.mean([x.value for x in found])) and 0 <= i.low <= i.value <= i.high <= 1
+    assert 270 <= several <= 298 and single < 265, (several, single)
+    assert privacy.over_models(found[:1]) is found[0]
+    with pytest.raises(ValueError, match="found is empty"):
+        privacy.over_models([])
+
+
 def test_a_difference_of_a_model_with_itself_is_nothing(rng):
     a, b = rng.normal(size=9), rng.normal(size=30)
     same = privacy.auc_difference(a, b, a, b)
