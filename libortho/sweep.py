@@ -122,7 +122,7 @@ def _run(client, what: Task, key: str, todo: dict, drop, attempts, share, keep: 
     left, blamed = dict(todo), Counter()
     while left:
         client.wait_for_workers(1)
-        weights = client.scatter(what, broadcast=True)
+        weights = client.scatter(what, broadcast=True, hash=False)  # by a hash, a dead sweep would take ours along
         batch = [n for n in left if not blamed[n]] or [next(iter(left))]
         sent = {client.submit(_on_worker, weights, key, left[n], drop, share, pure=False): n for n in batch}
         try:
