@@ -285,42 +285,14 @@ def progress_figure(
 ) -> go.Figure:
     "Loss by step of the implant, and what is left by round of the surgery."
     fig = make_subplots(rows=1, cols=2, horizontal_spacing=0.14)
-    line = {"mode": "lines+markers", "marker": {"size": 5}}
-    moved = [r.moved for r in told.rounds]
-    fig.add_trace(
-        go.Scatter(
-            x=list(range(1, len(told.losses) + 1)),
-            y=told.losses,
-            name="loss",
-            line_color=COLOURS["forget"],
-            showlegend=False,
-            **line,
-        ),
-        1,
-        1,
-    )
-    fig.add_trace(
-        go.Scatter(
-            x=moved,
-            y=[r.highest_p for r in told.rounds],
-            name="most probable token",
-            line_color=COLOURS["ortho"],
-            **line,
-        ),
-        1,
-        2,
-    )
-    fig.add_trace(
-        go.Scatter(
-            x=moved,
-            y=[r.exact_memorisation for r in told.rounds],
-            name="first choices",
-            line_color=COLOURS["forget"],
-            **line,
-        ),
-        1,
-        2,
-    )
+    moved, style = [r.moved for r in told.rounds], {"mode": "lines+markers", "marker": {"size": 5}}
+    for col, name, colour, x, y in (
+        (1, "loss", "forget", list(range(1, len(told.losses) + 1)), told.losses),
+        (2, "most probable token", "ortho", moved, [r.highest_p for r in told.rounds]),
+        (2, "first choices", "forget", moved, [r.exact_memorisation for r in told.rounds]),
+    ):
+        line = go.Scatter(x=x, y=y, name=name, line_color=COLOURS[colour], **style)
+        fig.add_trace(line.update(showlegend=False) if name == "loss" else line, 1, col)
     grid = {"gridcolor": "rgba(128,128,128,0.25)", "zeroline": False, "title_font_size": 12}
     fig.update_xaxes(title="implant: step", rangemode="tozero", col=1, **grid)
     fig.update_xaxes(title="surgery: weights moved", rangemode="tozero", col=2, **grid)

@@ -113,17 +113,24 @@ def test_stop_and_go_on(learned, control, monkeypatch):
     assert not gaplab._missing(lab.gap)
 
 
-def test_labs_on_one_model_take_turns(learned, control, monkeypatch):
-    model = copy.deepcopy(learned)
-    first, second = (opened(model, control, ratios=(3.5,), alphas=()) for _ in range(2))
-    reached, go_on = threading.Event(), threading.Event()
+def held(lab, monkeypatch):
+    "Let a lab's measuring wait: what says that it has begun, what lets it go on, and the looks so far."
+    reached, go_on, looks = threading.Event(), threading.Event(), []
 
     def look(m):
+        looks.append(1)
         reached.set()
         assert go_on.wait(30)
         return lo.measure(m, TOK, SECRETS, RETAIN, TEXTS)
 
-    monkeypatch.setattr(first.exam, "look", look, raising=False)
+    monkeypatch.setattr(lab.exam, "look", look, raising=False)
+    return reached, go_on, looks
+
+
+def test_labs_on_one_model_take_turns(learned, control, monkeypatch):
+    model = copy.deepcopy(learned)
+    first, second = (opened(model, control, ratios=(3.5,), alphas=()) for _ in range(2))
+    reached, go_on, _ = held(first, monkeypatch)
     at_work = first.measure()
     assert reached.wait(30)
     waiting = second.measure()
@@ -139,15 +146,7 @@ def test_labs_on_one_model_take_turns(learned, control, monkeypatch):
 
 def test_a_closed_lab_stops_its_work(learned, control, monkeypatch):
     lab = opened(copy.deepcopy(learned), control)
-    reached, go_on, looks = threading.Event(), threading.Event(), []
-
-    def look(m):
-        looks.append(1)
-        reached.set()
-        assert go_on.wait(30)
-        return lo.measure(m, TOK, SECRETS, RETAIN, TEXTS)
-
-    monkeypatch.setattr(lab.exam, "look", look, raising=False)
+    reached, go_on, looks = held(lab, monkeypatch)
     job = lab.measure()
     assert reached.wait(30)
     lab.close()
