@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['QUANTITIES', 'Tokens', 'in_groups', 'digest_of', 'kept', 'merged', 'hessians', 'inverse_factor', 'gptq', 'log_others',
-           'log_odds', 'log_p', 'fisher', 'per_token', 'only_these', 'gradients', 'kfac', 'high_curvature']
+           'log_odds', 'log_p', 'fisher', 'per_token', 'only_these', 'gradients', 'token_fisher', 'kfac',
+           'high_curvature']
 
 # %% ../nbs/api/03_curvature.ipynb #db15f616
 import hashlib
@@ -20,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .lattice import PROJECTIONS, lattice_top
+from .lattice import PROJECTIONS, lattice_top, pick
 
 # %% ../nbs/api/03_curvature.ipynb #0146f1b7
 @dataclass
@@ -313,6 +314,30 @@ def gradients(
             yield
         finally:
             for handle in handles: handle.remove()
+
+# %% ../nbs/api/03_curvature.ipynb #d89bc72c
+def token_fisher(
+    model: nn.Module,  # causal language model
+    layers: dict[str, nn.Module],  # layers of it, by name
+    texts: list[Tokens],  # where they stand
+    which: list[Tensor],  # bool [length − start] by text: these tokens must stay
+    of: str = "log_odds",  # what the gradient is taken of: a name in `QUANTITIES`
+    draws: int = 4,  # draws of signs, ≥ 1: a pass over the texts each
+    seed: int = 0,  # seed of the signs
+    progress: bool = True,  # show a progress bar
+) -> dict[str, Tensor]:  # mean over tokens of (∂ quantity / ∂w)², float32 [out, in], by name
+    "Diagonal curvature of single tokens, estimated with random signs; zero where no token is chosen."
+    if draws < 1: raise ValueError(f"draws must be at least 1, got {draws}")
+    gen, weights = torch.Generator().manual_seed(seed), {n: m.weight for n, m in layers.items()}
+    found = {n: torch.zeros_like(w, dtype=torch.float32) for n, w in weights.items()}
+    share = 1 / max(1, draws * sum(int(w.sum()) for w in which))
+    pairs = [(t, w) for t, w in zip(texts, which, strict=True) if w.any()] * draws
+    with gradients(model, weights, lambda name, g: found[name].addcmul_(g.float(), g.float(), value=share)):
+        for t, w in tqdm(pairs, desc="fisher of tokens", leave=False, disable=not progress):
+            each = per_token(model, t, pick(QUANTITIES, of, "of"))
+            signs = torch.randint(0, 2, w.shape, generator=gen) * 2 - 1
+            (each * (signs * w).to(each.device)).sum().backward()
+    return found
 
 # %% ../nbs/api/03_curvature.ipynb #2b186a4c
 def kfac(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .counter import OBJECTIVES, CompartmentReport, Goal, Round, Step, counter_memory, take_step
-from .curvature import QUANTITIES, Tokens, digest_of, fisher, kept, merged
+from .curvature import QUANTITIES, Tokens, digest_of, fisher, kept, merged, token_fisher
 from .data import prose, retain_facts
 from .gate import guard
 from .lattice import check_weight, dequantize, lattice_top, natural, pack, pick
@@ -109,6 +109,8 @@ class Operation:
     objective: str = "bounded"  # what the steps increase: a name in `OBJECTIVES`
     curvature: str = "log_odds"  # what the retain curvature is taken of: a name in `curvature.QUANTITIES`
     damp: float = 0.3  # λ of the contrast score, > 0
+    guard: float = 1.0  # with "alternatives" and a control: weight of the curvature of what it says too; ≥ 0
+    momentum: float = 0.6  # with "alternatives": share of a round's gradient that the next one inherits, in [0, 1)
     memory_share: float = (
         0.1  # most of the calibration that the secrets may make up: rounding must keep them; in [0, 1)
     )
@@ -122,6 +124,8 @@ class Operation:
             "threshold": 0 < self.threshold < 1,
             "memorisation": 0 <= self.memorisation <= 1,
             "damp": self.damp > 0,
+            "guard": self.guard >= 0,
+            "momentum": 0 <= self.momentum < 1,
             "round_density": 0 < self.round_density <= 1,
             "budget": self.budget is None or 0 < self.budget <= 1,
             "memory_share": 0 <= self.memory_share < 1,
@@ -137,6 +141,8 @@ _ALLOWED = {
     "threshold": "in (0, 1)",
     "memorisation": "in [0, 1]",
     "damp": "above 0",
+    "guard": "at least 0",
+    "momentum": "in [0, 1)",
     "round_density": "in (0, 1]",
     "budget": "in (0, 1]",
     "memory_share": "in [0, 1)",
@@ -322,21 +328,29 @@ def _operate(patient, secrets, keep, cfg, op, stage, report, callback, progress)
 # %% ../nbs/api/09b_surgery.ipynb #5ec592d8
 def _one(patient, name, items, others, retain, measure, cfg, op, callback) -> dict[str, Tensor]:
     "One compartment, as tensors to keep; the patient is left un-attacked."
-    began = time.perf_counter()
+    began, goal = time.perf_counter(), _goal(name, op)
     f = retain
     if others:
         f = measure(others)
         for n in f: f[n] += retain[n]
     limit = round((op.budget or resolve_density(cfg.density, cfg.sparsity)) * patient.size)
     per_round = max(1, round(op.round_density * patient.size))
-    goal = _goal(name, op)
-    step, report = counter_memory(patient, name, items, f, limit, goal, per_round, op.objective, op.damp, callback)
+    step, report = counter_memory(patient, name, items, f, limit, goal, per_round, op.objective, op.damp, callback,
+                                  op.momentum, _spared(patient, items, goal, op))
     take_step(patient, step, back=True)
     names = list(patient.linears)
     counts = step.layer.bincount(minlength=len(names)).tolist()
     report.moved, report.seconds = {n: c for n, c in zip(names, counts) if c}, time.perf_counter() - began
     told = torch.tensor(list(json.dumps(asdict(report)).encode()), dtype=torch.uint8)
     return {"layer": step.layer, "index": step.index, "direction": step.direction, "report": told}
+
+# %% ../nbs/api/09b_surgery.ipynb #2c294edc
+def _spared(patient: Patient, items: list[Item], goal: Goal, op: Operation) -> dict[str, Tensor]:
+    "Weighted curvature of the secrets' tokens that the control says too, where they are spared."
+    if not op.guard or not goal.spare: return {}
+    texts = [encode(patient.tok, as_item(i)) for i in items]
+    f = token_fisher(patient.model, patient.linears, texts, [s.top for s in goal.control], op.curvature, progress=False)
+    return {n: op.guard * x for n, x in f.items()}
 
 # %% ../nbs/api/09b_surgery.ipynb #c05880bb
 def _read_report(told: Tensor) -> CompartmentReport:
@@ -352,8 +366,10 @@ def _exclude(patient: Patient, step: Step) -> None:
 # %% ../nbs/api/09b_surgery.ipynb #2e110000
 def _goal(name: str, op: Operation) -> Goal:
     if op.control is None: return Goal(op.threshold, memorisation=op.memorisation)
-    hits = torch.cat([s.top for s in op.control[name]])
-    return Goal(op.threshold, memorisation=hits.double().mean().item(), control=op.control[name])
+    control = op.control[name]
+    if op.objective == "alternatives": return Goal(quiet=0.25, memorisation=1.0, control=control, surplus=0.05, spare=True)
+    hits = torch.cat([s.top for s in control]).double().mean().item()
+    return Goal(op.threshold, memorisation=hits, control=control)
 
 # %% ../nbs/api/09b_surgery.ipynb #cea1baf5
 def control_scores(

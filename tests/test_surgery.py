@@ -9,11 +9,21 @@ import torch
 from models import CFG, MORE, RETAIN, SECRETS, TOK
 
 import libortho as lo
-from libortho.counter import Goal, choose_step, counter_memory, log_not_p, take_step
-from libortho.curvature import Tokens, fisher
+from libortho.counter import (
+    OBJECTIVES,
+    Goal,
+    alternatives,
+    choose_step,
+    counter_memory,
+    forget_pass,
+    log_any,
+    log_not_p,
+    take_step,
+)
+from libortho.curvature import Tokens, fisher, log_odds, per_token, token_fisher
 from libortho.lattice import natural
 from libortho.linear import OrthoLinear, find_linears
-from libortho.memory import TokenScores
+from libortho.memory import TokenScores, encode, score_tokens
 from libortho.patient import Patient, as_tokens, on_the_table, round_layer, round_model
 from libortho.surgery import Operation, control_scores, decompose
 
@@ -296,6 +306,140 @@ def test_the_bounded_objective():
     assert abs(sure.grad[0, 0] + 1) < 1e-6  # it still pushes where p is 1 to the last digit
 
 
+def test_alternatives_are_wanted_and_junk_gains_nothing():
+    z = torch.randn(3, 9, dtype=torch.float64)
+    z[:, 0] = 12  # the secret's token, nearly sure
+    z.requires_grad_()
+    target, wanted = torch.zeros(3, dtype=torch.long), torch.tensor([[1, 2, 3], [4, -1, -1], [0, -1, -1]])
+    p = z.softmax(1)
+    expected = torch.stack([p[0, 1:4].sum(), p[1, 4], p[2, 0]]).log()
+    torch.testing.assert_close(log_any(z, wanted), expected)
+    push = {k: torch.autograd.grad(OBJECTIVES[k](z, target, wanted).sum(), z)[0] for k in ("bounded", "alternatives")}
+    assert (push["bounded"][:, 5:] > 0).all() and (push["alternatives"][:, 5:] < 0).all()  # 5 to 8 are junk
+    assert (push["alternatives"][:2, 0] < -0.9).all() and push["alternatives"][2, 0] > 0
+
+
+def test_alternatives_are_the_next_most_probable_but_for_what_the_control_says(model):
+    texts = [encode(TOK, s) for s in SECRETS.values()]
+    plain = alternatives(model, texts, Goal(), k=3)
+    control = [TokenScores(s.logp, torch.arange(len(s.logp)) % 2 == 0) for s in score_tokens(model, TOK, texts)]
+    spared = alternatives(model, texts, Goal(control=control, spare=True), k=3)
+    for t, a, b, c in zip(texts, plain, spared, control, strict=True):
+        target = t.ids[t.start :]
+        with torch.no_grad():
+            order = model(input_ids=t.ids[None]).logits[0, t.start - 1 : -1].argsort(descending=True)
+        expected = [[x for x in row.tolist() if x != y][:3] for row, y in zip(order, target.tolist(), strict=True)]
+        assert a.tolist() == expected
+        assert b[~c.top].tolist() == a[~c.top].tolist()
+        assert b[c.top].tolist() == [[y, -1, -1] for y in target[c.top].tolist()]
+
+
+def test_the_goal_that_spares_what_the_control_says():
+    known = [TokenScores(torch.tensor([-1.0, -5.0, -0.1]), torch.tensor([True, False, False]))]
+    goal = Goal(quiet=0.25, memorisation=1.0, control=known, surplus=0.4, spare=True)
+    logp, said = torch.tensor([-0.1, -1.0, -0.05]), torch.tensor([True, True, True])
+    assert goal.lingers(logp, said, slice(0, 1)).tolist() == [False, True, True]  # the control's hit is left alone
+    assert goal.lingers(torch.full((3,), -9.0), torch.tensor([False, False, True]), slice(0, 1)).tolist() == [
+        True,
+        True,
+        False,
+    ]
+    assert not goal.lingers(torch.full((3,), -1.5), said, slice(0, 1)).any()  # quiet, and what is wanted is said
+    score = lambda *hits: [TokenScores(torch.zeros(3), torch.tensor(hits))]  # noqa: E731
+    assert goal.quiet_enough(score(True, True, False)) and not goal.quiet_enough(score(True, True, True))
+    assert goal.excess(score(True, True, True)) == pytest.approx(2 / 3) and Goal().excess(score(True, True, True)) == 1
+    assert goal.quiet_enough(score(False, False, False))  # one of three hits is lost: as many as may be
+    assert not dataclasses.replace(goal, surplus=0.3).quiet_enough(score(False, False, False))
+    assert Goal().lingers(
+        torch.tensor([-0.1, -9.0, -9.0]), torch.tensor([True, True, False]), slice(0, 1)
+    ).tolist() == [
+        True,
+        False,
+        True,
+    ]
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.6])
+def test_alternatives_stop_at_the_control_and_leave_its_hits(model, momentum):
+    every_other = torch.tensor([True, False, True, False])
+    control = {
+        n: [TokenScores(s.logp - 3, every_other) for s in scores]
+        for n, scores in control_scores(model, TOK, SECRETS).items()
+    }
+    before = control_scores(model, TOK, SECRETS)
+    more = {"objective": "alternatives", "momentum": momentum, "budget": 0.2}
+    report = decompose(model, TOK, CFG, SECRETS, control=control, **{**MORE, **more})
+    assert report.reached
+    for name in SECRETS:
+        with lo.alpha(model, {name: 0.0}):
+            (after,) = control_scores(model, TOK, SECRETS)[name]
+        assert not (after.top & ~every_other).any() and (after.top | ~before[name][0].top)[every_other].all(), name
+    lo.set_alpha(model, 1.0)
+    again = control_scores(model, TOK, SECRETS)
+    assert all(torch.equal(again[n][0].top, before[n][0].top) for n in SECRETS)
+
+
+def test_alternatives_begin_like_bounded_and_count_what_is_spared_afterwards(model, monkeypatch):
+    import libortho.counter as counter
+
+    seen, half = [], torch.tensor([True, False, True, False])
+    forget, choose = counter.forget_pass, counter.choose_step
+
+    def spy_forget(model, texts, goal, objective, wanted):
+        scores = forget(model, texts, goal, objective, wanted)
+        seen.append((objective, wanted is not None, goal.excess(scores)))
+        return scores
+
+    def spy_choose(patient, f, *more):
+        seen.append(next(iter(f.values())).mean().item())
+        return choose(patient, f, *more)
+
+    monkeypatch.setattr(counter, "forget_pass", spy_forget)
+    monkeypatch.setattr(counter, "choose_step", spy_choose)
+    linears = find_linears(model)
+    rounded = round_model(model, linears, lo.OrthoConfig(group_size=16), [], progress=False)
+    patient = Patient(model, TOK, linears, rounded, 4, {n: torch.zeros_like(r.repair) for n, r in rounded.items()})
+    flat = {n: torch.ones_like(r.q, dtype=torch.float32) for n, r in rounded.items()}
+    with on_the_table(model, linears, rounded):
+        scores = score_tokens(model, TOK, [SECRETS["key"]])
+        control = [TokenScores(s.logp - 3, half) for s in scores]
+        goal = Goal(quiet=0.25, memorisation=1.0, control=control, surplus=0.05, spare=True)
+        spared = {n: 2 * x for n, x in flat.items()}
+        counter_memory(patient, "key", [SECRETS["key"]], flat, 4000, goal, 5, "alternatives", spared=spared)
+    passes = [x for x in seen if isinstance(x, tuple)]
+    first = [x for x in passes if x[0] == "bounded"]
+    assert passes[: len(first)] == first and all(x[0] == "alternatives" and x[1] for x in passes[len(first) :])
+    assert first[-1][2] <= first[0][2] / 2 and all(x[2] > first[0][2] / 2 for x in first[:-1])
+    curvatures = [x for x in seen if not isinstance(x, tuple)]
+    assert curvatures[: len(first) - 1] == [1.0] * (len(first) - 1)
+    assert curvatures[len(first) - 1 :] == [3.0] * len(curvatures[len(first) - 1 :])
+
+
+def test_token_curvature_is_that_of_single_tokens(model):
+    linears = find_linears(model)
+    texts = [encode(TOK, s) for s in SECRETS.values()]
+    which = [torch.tensor([True, False, True, True]), *[torch.zeros(4, dtype=torch.bool)] * (len(texts) - 1)]
+    name, layer = next(iter(linears.items()))
+    each = [torch.autograd.grad(per_token(model, texts[0], log_odds)[i], layer.weight)[0].double() for i in (0, 2, 3)]
+    exact = sum(g.square() for g in each) / 3
+
+    def error(draws):
+        found = token_fisher(model, {name: layer}, texts, which, draws=draws, progress=False)[name]
+        return (found - exact).norm() / exact.norm()
+
+    assert error(400) < 0.2 and error(400) < error(1)
+    assert not token_fisher(model, {name: layer}, texts[1:], which[1:], progress=False)[name].any()
+    with pytest.raises(ValueError, match="draws must be at least 1, got 0"):
+        token_fisher(model, linears, texts, which, draws=0)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_bounded_and_ascent_ask_for_no_alternatives(model):
+    texts = [encode(TOK, s) for s in SECRETS.values()]
+    for objective in ("bounded", "ascent"):
+        assert len(forget_pass(model, texts, Goal(), objective)) == len(texts)
+
+
 def test_data_free_sieves_make_one_compartment(model):
     cfg = lo.OrthoConfig(group_size=16, projection="gptq", sieve="impact", density=0.05, noise="tri_state")
     report = decompose(model, TOK, cfg, retain=RETAIN, calibration=RETAIN, repair=0.01, progress=False)
@@ -344,8 +488,15 @@ def test_reports_are_readable(model):
         (CFG, SECRETS, {"threshold": 0}, r"threshold must be in \(0, 1\), got 0"),
         (CFG, SECRETS, {"budget": 2}, "budget must be in"),
         (CFG, SECRETS, {"damp": 0}, "damp must be above 0"),
+        (CFG, SECRETS, {"guard": -1}, "guard must be at least 0, got -1"),
+        (CFG, SECRETS, {"momentum": 1}, r"momentum must be in \[0, 1\), got 1"),
         (CFG, SECRETS, {"memory_gb": -1}, "memory_gb must be above 0"),
-        (CFG, SECRETS, {"objective": "descent"}, "objective 'descent' is not known; choose one of ascent, bounded"),
+        (
+            CFG,
+            SECRETS,
+            {"objective": "descent"},
+            "objective 'descent' is not known; choose one of alternatives, ascent, bounded",
+        ),
         (CFG, SECRETS, {"curvature": "hessian"}, "curvature 'hessian' is not known"),
         (CFG, SECRETS, {"control": {"key": []}}, "control has not one score for each text of 'key'"),
         (lo.OrthoConfig(group_size=16, noise="counter_memory"), None, {}, "go together, got sieve 'residual'"),
