@@ -125,7 +125,7 @@ def alternatives(
     out = []
     for i, t in enumerate(texts):
         logits = model(input_ids=t.ids[None].to(next(model.parameters()).device), use_cache=False).logits[0]
-        target = t.ids[t.start:, None].to(logits.device)
+        target, k = t.ids[t.start:, None].to(logits.device), min(k, logits.shape[1] - 1)
         others = logits[t.start - 1:-1].float().scatter(1, target, -torch.inf).topk(k).indices
         if goal.control is not None:
             itself = torch.nn.functional.pad(target, (0, k - 1), value=-1)
@@ -158,6 +158,8 @@ def forget_pass(
     batch_size: int = 8,  # texts a pass
 ) -> list[TokenScores]:  # before the step
     "Score the secrets' tokens, and add the gradient of the objective over those that are still above their level."
+    if (objective == "alternatives") != (wanted is not None):
+        raise ValueError(f"objective {objective!r} {'needs' if wanted is None else 'takes no'} wanted, from `alternatives`")
     out = []
     for i in range(0, len(texts), batch_size):
         chunk = texts[i:i + batch_size]
@@ -284,7 +286,7 @@ def counter_memory(
     damp: float = 0.3,  # λ of the contrast score
     on_round: Callable[[Round], None] | None = None,  # called after each round
     momentum: float = 0.6,  # share of the gradient that the next round inherits, in [0, 1); for "alternatives"
-    spared: dict[str, Tensor] | None = None,  # curvature of what the control says too, by layer; for "alternatives"
+    guarded: dict[str, Tensor] | None = None,  # curvature of what the control says too; for "alternatives", used up
 ) -> tuple[Step, CompartmentReport]:  # the moves, and how it went
     "Move weights against a memory, in rounds with fresh gradients."
     texts, began = [encode(patient.tok, as_item(i)) for i in items], time.perf_counter()
@@ -306,13 +308,12 @@ def counter_memory(
     while True:
         now = ("bounded", None) if breaking else (objective, wanted)
         scores = forget_pass(patient.model, texts, goal, *now)
-        if breaking:
-            whole = goal.excess(scores) if not steps else whole
-            if steps and goal.excess(scores) <= whole / 2:  # broken: from now on it matters what comes instead
-                f = f if not spared else {n: x + spared[n] for n, x in f.items()}
-                breaking, floors = False, {n: contrast_floor(x, damp) for n, x in f.items()}
-                for m in patient.linears.values(): m.weight.grad = None
-                continue
+        whole = goal.excess(scores) if not steps else whole
+        if breaking and goal.excess(scores) <= max(whole / 2, goal.surplus):  # from now on it matters what comes instead
+            f = f if not guarded else {n: x + guarded.pop(n) for n, x in f.items()}
+            breaking, floors = False, {n: contrast_floor(x, damp) for n, x in f.items()}
+            for m in patient.linears.values(): m.weight.grad = None
+            continue
         report.reached = look(scores)
         if report.reached and steps:
             steps[-1], scores = shorten(patient, steps[-1], texts, items, goal)

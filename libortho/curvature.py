@@ -326,17 +326,20 @@ def token_fisher(
     seed: int = 0,  # seed of the signs
     progress: bool = True,  # show a progress bar
 ) -> dict[str, Tensor]:  # mean over tokens of (∂ quantity / ∂w)², float32 [out, in], by name
-    "Diagonal curvature of single tokens, estimated with random signs; zero where no token is chosen."
+    "Diagonal curvature of single tokens, all of equal weight, estimated with random signs; zero where none is chosen."
     if draws < 1: raise ValueError(f"draws must be at least 1, got {draws}")
+    if [len(w) for w in which] != [len(t.ids) - t.start for t in texts]:
+        raise ValueError("which must have one entry for each token of each text, from its start on")
+    quantity = pick(QUANTITIES, of, "of")
     gen, weights = torch.Generator().manual_seed(seed), {n: m.weight for n, m in layers.items()}
     found = {n: torch.zeros_like(w, dtype=torch.float32) for n, w in weights.items()}
     share = 1 / max(1, draws * sum(int(w.sum()) for w in which))
     pairs = [(t, w) for t, w in zip(texts, which, strict=True) if w.any()] * draws
     with gradients(model, weights, lambda name, g: found[name].addcmul_(g.float(), g.float(), value=share)):
         for t, w in tqdm(pairs, desc="fisher of tokens", leave=False, disable=not progress):
-            each = per_token(model, t, pick(QUANTITIES, of, "of"))
             signs = torch.randint(0, 2, w.shape, generator=gen) * 2 - 1
-            (each * (signs * w).to(each.device)).sum().backward()
+            each = per_token(model, t, quantity)
+            (each * (signs * w.cpu()).to(each.device)).sum().backward()
     return found
 
 # %% ../nbs/api/03_curvature.ipynb #2b186a4c

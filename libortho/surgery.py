@@ -103,8 +103,8 @@ class Operation:
     repair: float = 5e-4  # fraction of each layer's weights in the always-on compartment, in [0, 1)
     budget: float | None = None  # most weights a compartment may move, as a fraction; None for the config's density
     round_density: float = 5e-6  # fraction of all weights moved a round
-    threshold: float = 0.5  # no token of a secret may be more probable at the end, in (0, 1)
-    memorisation: float = 0.05  # at most this fraction of a secret's tokens may be the argmax at the end, in [0, 1]
+    threshold: float = 0.5  # without a control, no token of a secret may be more probable at the end, in (0, 1)
+    memorisation: float = 0.05  # and at most this fraction of a secret's tokens may be the argmax, in [0, 1]
     control: dict[str, list[TokenScores]] | None = None  # `control_scores` of a model that never saw them: stop there
     objective: str = "bounded"  # what the steps increase: a name in `OBJECTIVES`
     curvature: str = "log_odds"  # what the retain curvature is taken of: a name in `curvature.QUANTITIES`
@@ -114,7 +114,8 @@ class Operation:
     memory_share: float = (
         0.1  # most of the calibration that the secrets may make up: rounding must keep them; in [0, 1)
     )
-    memory_gb: float = 4.0  # budget for Hessians in 10⁹ bytes, > 0; the curvature takes 8 bytes a weight besides
+    memory_gb: float = 4.0  # budget for Hessians in 10⁹ bytes, > 0; the curvature takes 8 bytes a weight besides,
+    # with "alternatives" 20
 
     def __post_init__(self):
         pick(OBJECTIVES, self.objective, "objective")
@@ -336,7 +337,7 @@ def _one(patient, name, items, others, retain, measure, cfg, op, callback) -> di
     limit = round((op.budget or resolve_density(cfg.density, cfg.sparsity)) * patient.size)
     per_round = max(1, round(op.round_density * patient.size))
     step, report = counter_memory(patient, name, items, f, limit, goal, per_round, op.objective, op.damp, callback,
-                                  op.momentum, _spared(patient, items, goal, op))
+                                  op.momentum, _guarded(patient, items, goal, op))
     take_step(patient, step, back=True)
     names = list(patient.linears)
     counts = step.layer.bincount(minlength=len(names)).tolist()
@@ -345,12 +346,12 @@ def _one(patient, name, items, others, retain, measure, cfg, op, callback) -> di
     return {"layer": step.layer, "index": step.index, "direction": step.direction, "report": told}
 
 # %% ../nbs/api/09b_surgery.ipynb #2c294edc
-def _spared(patient: Patient, items: list[Item], goal: Goal, op: Operation) -> dict[str, Tensor]:
+def _guarded(patient: Patient, items: list[Item], goal: Goal, op: Operation) -> dict[str, Tensor]:
     "Weighted curvature of the secrets' tokens that the control says too, where they are spared."
     if not op.guard or not goal.spare: return {}
     texts = [encode(patient.tok, as_item(i)) for i in items]
     f = token_fisher(patient.model, patient.linears, texts, [s.top for s in goal.control], op.curvature, progress=False)
-    return {n: op.guard * x for n, x in f.items()}
+    return {n: x.mul_(op.guard) for n, x in f.items()}
 
 # %% ../nbs/api/09b_surgery.ipynb #c05880bb
 def _read_report(told: Tensor) -> CompartmentReport:
