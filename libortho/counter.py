@@ -76,23 +76,22 @@ class Goal:
         "Which tokens of the texts `where` push: those above their level, or the argmax where they should not be; bool [n]."
         if self.control is None:
             return (logp > math.log(self.quiet)) | top
-        known = self.control[where]
-        return (logp > torch.cat([s.logp for s in known])) | (top & ~torch.cat([s.top for s in known]))
+        return (logp > torch.cat([s.logp for s in self.control[where]])) | (top & ~self.spared(where))
 
     def lingers(self, logp: Tensor, said: Tensor, where: slice) -> Tensor:
         "Which tokens push where something else is wanted: until it is said, and their own level is reached; bool [n]."
         if self.control is None: return ~said | (logp > math.log(self.quiet))
         level = torch.cat([s.logp for s in self.control[where]]).clamp(min=math.log(self.quiet))
-        return ~said | ((logp > level) & ~torch.cat(self.spared(where)))
+        return ~said | ((logp > level) & ~self.spared(where))
 
-    def spared(self, where: slice = slice(None)) -> list[Tensor]:
-        "The control's hits in the texts `where`, bool [n] each; those of a goal without a control are not known."
-        return [s.top for s in self.control[where]]
+    def spared(self, where: slice = slice(None)) -> Tensor:
+        "The control's hits in the texts `where`, bool [n]; for a goal that has a control."
+        return torch.cat([s.top for s in self.control[where]])
 
     def excess(self, scores: list[TokenScores]) -> float:
         "Fraction of all tokens that are the argmax, and not the control's."
         top = torch.cat([s.top for s in scores])
-        return (top if self.control is None else top & ~torch.cat(self.spared())).double().mean().item()
+        return (top if self.control is None else top & ~self.spared()).double().mean().item()
 
     def quiet_enough(self, scores: list[TokenScores]) -> bool:
         "The token test; greedy decoding is tried only when it is passed."
@@ -101,17 +100,23 @@ class Goal:
             return False
         if self.control is None:
             return logp.max().exp().item() <= self.threshold
-        if self.spare:
-            lost = (torch.cat(self.spared()) & ~top).double().mean().item()
-            return max(self.excess(scores), lost) <= self.surplus
-        known = torch.cat([s.top for s in self.control])
+        known = self.spared()
+        if self.spare: return max(self.excess(scores), (known & ~top).double().mean().item()) <= self.surplus
         level = torch.cat([s.logp for s in self.control]).double().mean() + math.log(self.factor)
         surplus = max(self.surplus, self.share * known.double().mean().item())
-        return bool((top & ~known).double().mean() <= surplus and logp.mean() <= level)
+        return bool(self.excess(scores) <= surplus and logp.mean() <= level)
 
     def secret(self, items: list[Item]) -> list[Item]:
         "The items that greedy decoding must not recite: all but those that the control recites too."
         return items if self.control is None else [i for i, s in zip(items, self.control) if not s.top.all()]
+
+# %% ../nbs/api/09a_counter.ipynb #3e0aafc2
+def _rows(model: nn.Module, chunk: list[Tokens]) -> tuple[Tensor, Tensor]:
+    "Logits, float32 [n, vocabulary], and targets, int64 [n], of all tokens of a batch that count."
+    ids, seen = padded(chunk, next(model.parameters()).device)
+    logits = model(input_ids=ids, attention_mask=seen.long(), use_cache=False).logits
+    rows = torch.cat([logits[k, t.start - 1:len(t.ids) - 1] for k, t in enumerate(chunk)]).float()
+    return rows, torch.cat([t.ids[t.start:] for t in chunk]).to(rows.device)
 
 # %% ../nbs/api/09a_counter.ipynb #c59221a5
 @torch.no_grad()
@@ -124,11 +129,11 @@ def alternatives(
     "What may stand in place of each token: the most probable others; only itself where the control says it too."
     out = []
     for i, t in enumerate(texts):
-        logits = model(input_ids=t.ids[None].to(next(model.parameters()).device), use_cache=False).logits[0]
-        target, k = t.ids[t.start:, None].to(logits.device), min(k, logits.shape[1] - 1)
-        others = logits[t.start - 1:-1].float().scatter(1, target, -torch.inf).topk(k).indices
+        rows, target = _rows(model, [t])
+        k = min(k, rows.shape[1] - 1)
+        others = rows.scatter(1, target[:, None], -torch.inf).topk(k).indices
         if goal.control is not None:
-            itself = torch.nn.functional.pad(target, (0, k - 1), value=-1)
+            itself = nn.functional.pad(target[:, None], (0, k - 1), value=-1)
             others = torch.where(goal.control[i].top[:, None].to(others.device), itself, others)
         out.append(others.cpu())
     return out
@@ -139,14 +144,6 @@ def _push(goal: Goal, objective: str, logp, rows: Tensor, top, wanted: Tensor | 
     if objective == "ascent": return torch.ones_like(top)  # it has no notion of enough
     if wanted is None: return goal.pushes(logp, top, where)
     return goal.lingers(logp, (wanted == rows.argmax(1)[:, None]).any(1).cpu(), where)
-
-# %% ../nbs/api/09a_counter.ipynb #3e0aafc2
-def _rows(model: nn.Module, chunk: list[Tokens]) -> tuple[Tensor, Tensor]:
-    "Logits, float32 [n, vocabulary], and targets, int64 [n], of all tokens of a batch that count."
-    ids, seen = padded(chunk, next(model.parameters()).device)
-    logits = model(input_ids=ids, attention_mask=seen.long(), use_cache=False).logits
-    rows = torch.cat([logits[k, t.start - 1:len(t.ids) - 1] for k, t in enumerate(chunk)]).float()
-    return rows, torch.cat([t.ids[t.start:] for t in chunk]).to(rows.device)
 
 # %% ../nbs/api/09a_counter.ipynb #f854947c
 def forget_pass(

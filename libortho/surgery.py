@@ -114,8 +114,7 @@ class Operation:
     memory_share: float = (
         0.1  # most of the calibration that the secrets may make up: rounding must keep them; in [0, 1)
     )
-    memory_gb: float = 4.0  # budget for Hessians in 10⁹ bytes, > 0; the curvature takes 8 bytes a weight besides,
-    # with "alternatives" 20
+    memory_gb: float = 4.0  # budget for Hessians in 10⁹ bytes, > 0; besides, curvature takes 8 bytes a weight, "alternatives" 20
 
     def __post_init__(self):
         pick(OBJECTIVES, self.objective, "objective")
