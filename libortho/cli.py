@@ -219,7 +219,7 @@ def findings(
     stays = [r for r in valid if r.alphas[0.0].extracted]
     ruined = [r for r in valid if r.alphas[0.0].retain_ppl > 2 * r.alphas[1.0].retain_ppl]
     lines = [
-        f"{len(result.rows)} configurations, {len(valid)} VALID. {len(wins)} succeed"
+        f"{len(result.rows)} configurations, {len(valid)} VALID. {len(wins)} succeed{'s' if len(wins) == 1 else ''}"
         + (f": {', '.join(wins)}." if wins else "."),
         f"In {len(stays)} the memory stays{_which(stays)}.",
         f"In {len(ruined)} switching it off more than doubles the perplexity of held-out facts, against α = 1{_which(ruined)}.",

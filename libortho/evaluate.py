@@ -613,9 +613,10 @@ _PAGE = Environment(autoescape=True).from_string("""<!doctype html>
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1180px; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse; margin: 1rem 0; font-size: 13px; font-variant-numeric: tabular-nums }
 table { display: block; overflow-x: auto }
-th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
+th, td { padding: .25rem .4rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: bottom }
+td { white-space: nowrap }
 th:first-child, td:first-child, th:last-child, td:last-child { text-align: left }
-td:last-child { white-space: normal; min-width: 16rem }
+td:last-child { white-space: normal; min-width: 12rem }
 tbody tr:hover { background: var(--soft) }
 figure { margin: 1.5rem 0; padding: .5rem; border-radius: 6px; background: #fff; color: #222 }
 figure img { max-width: 100% }
