@@ -111,6 +111,7 @@ class Operation:
     damp: float = 0.3  # λ of the contrast score, > 0
     guard: float = 1.0  # with "alternatives" and a control: weight of the curvature of what it says too; ≥ 0
     momentum: float = 0.6  # with "alternatives": share of a round's gradient that the next one inherits, in [0, 1)
+    hold_prompts: bool = True  # with "alternatives": pull the prompts' own tokens back where they fell to less than half
     memory_share: float = (
         0.1  # most of the calibration that the secrets may make up: rounding must keep them; in [0, 1)
     )
@@ -174,6 +175,7 @@ def decompose(
     secrets = by_compartment(forget, cfg.compartment)
     check_unsplit(model)
     check_operation(cfg, op, secrets)
+    _check_control(tok, op, secrets)
     shipped = lambda n: [*prose("calibration", n), *retain_facts("calibration")]
     keep = as_tokens(tok, shipped(12) if retain is None else retain)
     calibrate = as_tokens(tok, shipped(16) if calibration is None else calibration)
@@ -247,6 +249,18 @@ def check_operation(
             f"control has not one score for each text of {missing[0]!r}; "
             "pass control_scores(model, tok, forget) of a model that never saw them"
         )
+
+# %% ../nbs/api/09b_surgery.ipynb #133489c4
+def _check_control(tok, op: Operation, secrets: dict[str, list]) -> None:
+    "Raise ValueError where the control's scores cannot be those of the secrets' tokens."
+    for name, items in secrets.items() if op.control is not None else ():
+        for i, (item, scores) in enumerate(zip(items, op.control[name])):
+            text = encode(tok, item)
+            if len(scores.top) == len(text.ids) - text.start: continue
+            raise ValueError(
+                f"control[{name!r}][{i}] scores {len(scores.top)} tokens, where the secret has {len(text.ids) - text.start}; "
+                "pass control_scores(model, tok, forget) with the tokenizer and the secrets of this call"
+            )
 
 # %% ../nbs/api/09b_surgery.ipynb #d38cffe2
 def _unique(linears: dict[str, nn.Linear]) -> dict[str, nn.Linear]:
@@ -336,7 +350,7 @@ def _one(patient, name, items, others, retain, measure, cfg, op, callback) -> di
     limit = round((op.budget or resolve_density(cfg.density, cfg.sparsity)) * patient.size)
     per_round = max(1, round(op.round_density * patient.size))
     step, report = counter_memory(patient, name, items, f, limit, goal, per_round, op.objective, op.damp, callback,
-                                  op.momentum, _guarded(patient, items, goal, op))
+                                  op.momentum, _guarded(patient, items, goal, op), op.hold_prompts)
     take_step(patient, step, back=True)
     names = list(patient.linears)
     counts = step.layer.bincount(minlength=len(names)).tolist()

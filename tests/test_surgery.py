@@ -19,6 +19,7 @@ from libortho.counter import (
     forget_pass,
     log_any,
     log_not_p,
+    prompt_levels,
     take_step,
 )
 from libortho.curvature import Tokens, fisher, log_odds, per_token, token_fisher
@@ -380,15 +381,16 @@ def test_alternatives_stop_at_the_control_and_leave_its_hits(model, momentum):
     assert all(torch.equal(again[n][0].top, before[n][0].top) for n in SECRETS)
 
 
-def test_alternatives_begin_like_bounded_and_count_what_is_spared_afterwards(model, monkeypatch):
+@pytest.mark.parametrize("hold", [True, False])
+def test_alternatives_begin_like_bounded_and_count_what_is_spared_afterwards(model, monkeypatch, hold):
     import libortho.counter as counter
 
     seen, half = [], torch.tensor([True, False, True, False])
     forget, choose = counter.forget_pass, counter.choose_step
 
-    def spy_forget(model, texts, goal, objective, wanted):
-        scores = forget(model, texts, goal, objective, wanted)
-        seen.append((objective, wanted is not None, goal.excess(scores)))
+    def spy_forget(model, texts, goal, objective, wanted, prompts):
+        scores = forget(model, texts, goal, objective, wanted, prompts)
+        seen.append((objective, wanted is not None, goal.excess(scores), prompts is not None))
         return scores
 
     def spy_choose(patient, f, *more):
@@ -406,11 +408,13 @@ def test_alternatives_begin_like_bounded_and_count_what_is_spared_afterwards(mod
         control = [TokenScores(s.logp - 3, half) for s in scores]
         goal = Goal(quiet=0.25, memorisation=1.0, control=control, surplus=0.05, spare=True)
         guarded = {n: 2 * x for n, x in flat.items()}
-        counter_memory(patient, "key", [SECRETS["key"]], flat, 4000, goal, 5, "alternatives", guarded=guarded)
+        more = {"guarded": guarded, "hold_prompts": hold}
+        counter_memory(patient, "key", [SECRETS["key"]], flat, 4000, goal, 5, "alternatives", **more)
     passes = [x for x in seen if isinstance(x, tuple)]
     first = [x for x in passes if x[0] == "bounded"]
     assert passes[: len(first)] == first and all(x[0] == "alternatives" and x[1] for x in passes[len(first) :])
     assert first[-1][2] <= first[0][2] / 2 and all(x[2] > first[0][2] / 2 for x in first[:-1])
+    assert not any(x[3] for x in first) and all(x[3] == hold for x in passes[len(first) :])
     curvatures = [x for x in seen if not isinstance(x, tuple)]
     assert curvatures[: len(first) - 1] == [1.0] * (len(first) - 1)
     assert set(curvatures[len(first) - 1 :]) == {3.0}
@@ -446,6 +450,46 @@ def test_wanted_and_its_objective_belong_together(model):
         forget_pass(model, texts, Goal(), "alternatives")
     with pytest.raises(ValueError, match="objective 'bounded' takes no wanted"):
         forget_pass(model, texts, Goal(), "bounded", alternatives(model, texts, Goal()))
+
+
+def test_prompt_tokens_that_fell_are_pulled_back(model):
+    layer = find_linears(model)["model.layers.0.mlp.down_proj"]
+    texts = [encode(TOK, x) for x in (*SECRETS.values(), RETAIN[0])]
+    assert texts[-1].start == 1  # a plain text has no prompt
+    levels = prompt_levels(model, texts)
+    assert [len(x) for x in levels] == [t.start - 1 for t in texts]
+    goal = Goal(quiet=1.0, memorisation=1.0)
+    anything = [
+        torch.arange(model.config.vocab_size).expand(len(t.ids) - t.start, -1) for t in texts
+    ]  # no token pushes
+
+    def gradient(prompts):
+        layer.weight.grad = None
+        scores = forget_pass(model, texts, goal, "alternatives", anything, prompts, batch_size=2)
+        return scores, layer.weight.grad
+
+    plain, without = gradient(None)
+    assert without is None
+    fell = [torch.arange(len(x)) % 2 == 0 for x in levels]
+    raised = [x + torch.where(w, 0.8, 0.6) for x, w in zip(levels, fell, strict=True)]  # around log 2
+    scores, pulled = gradient(raised)
+    assert all(torch.allclose(a.logp, b.logp) and torch.equal(a.top, b.top) for a, b in zip(plain, scores, strict=True))
+    layer.weight.grad = None
+    for t, w in zip(texts, fell, strict=True):
+        logits = model(input_ids=t.ids[None]).logits[0, : t.start - 1]
+        logits.log_softmax(1)[torch.arange(t.start - 1), t.ids[1 : t.start]][w].sum().backward()
+    torch.testing.assert_close(pulled, layer.weight.grad, rtol=1e-4, atol=1e-6)
+    assert pulled.any() and not gradient(levels)[1].any()
+
+
+def test_a_control_of_other_texts_is_refused(model):
+    control = control_scores(model, TOK, SECRETS)
+    (scores,) = control["key"]
+    control["key"] = [TokenScores(scores.logp[:-1], scores.top[:-1])]
+    before = {n: p.clone() for n, p in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"control\['key'\]\[0\] scores 3 tokens, where the secret has 4"):
+        decompose(model, TOK, CFG, SECRETS, control=control, **MORE)
+    assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
 
 
 def test_momentum_is_a_geometric_sum(model):
