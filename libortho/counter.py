@@ -111,13 +111,22 @@ class Goal:
         return items if self.control is None else [i for i, s in zip(items, self.control) if not s.top.all()]
 
 # %% ../nbs/api/09a_counter.ipynb #3e0aafc2
-def _rows(model: nn.Module, chunk: list[Tokens], prompts: bool = False) -> tuple[Tensor, Tensor]:
-    "Logits, float32 [n, vocabulary], and targets, int64 [n], of all tokens of a batch that count, or of prompts too."
+def _places(chunk: list[Tokens], prompts: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    "Text, position and token, int64 [n] each, of all that counts in a batch; or of its prompts, but for their first tokens."
+    spans = [(1, t.start) if prompts else (t.start, len(t.ids)) for t in chunk]
+    text = torch.arange(len(chunk)).repeat_interleave(torch.tensor([b - a for a, b in spans]))
+    return text, torch.cat([torch.arange(a, b) for a, b in spans]), torch.cat([t.ids[a:b] for t, (a, b) in zip(chunk, spans)])
+
+# %% ../nbs/api/09a_counter.ipynb #0bdba489
+def _logits(model: nn.Module, chunk: list[Tokens]) -> Tensor:
+    "Logits of a batch, [texts, longest, vocabulary]."
     ids, seen = padded(chunk, next(model.parameters()).device)
-    logits = model(input_ids=ids, attention_mask=seen.long(), use_cache=False).logits
-    first = [1 if prompts else t.start for t in chunk]
-    rows = torch.cat([logits[k, s - 1:len(t.ids) - 1] for k, (s, t) in enumerate(zip(first, chunk))]).float()
-    return rows, torch.cat([t.ids[s:] for s, t in zip(first, chunk)]).to(rows.device)
+    return model(input_ids=ids, attention_mask=seen.long(), use_cache=False).logits
+
+# %% ../nbs/api/09a_counter.ipynb #a470c296
+def _rows(logits: Tensor, text: Tensor, at: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+    "Logits, float32 [n, vocabulary], and targets, int64 [n], at these places."
+    return logits[text, at - 1].float(), token.to(logits.device)
 
 # %% ../nbs/api/09a_counter.ipynb #c59221a5
 @torch.no_grad()
@@ -130,7 +139,7 @@ def alternatives(
     "What may stand in place of each token: the most probable others; only itself where the control says it too."
     out = []
     for i, t in enumerate(texts):
-        rows, target = _rows(model, [t])
+        rows, target = _rows(_logits(model, [t]), *_places([t]))
         k = min(k, rows.shape[1] - 1)
         others = rows.scatter(1, target[:, None], -torch.inf).topk(k).indices
         if goal.control is not None:
@@ -144,17 +153,22 @@ def alternatives(
 def prompt_levels(
     model: nn.Module,  # un-attacked
     texts: list[Tokens],  # secrets
-) -> list[Tensor]:  # float32 [start − 1] by text
+) -> list[Tensor]:  # float32 [start − 1] by text; −∞ where another text has the token, after the same words, for its secret
     "Log probability of each prompt's tokens, all but the first."
-    return [log_p(*_rows(model, [Tokens(t.ids[:t.start], 1)])).cpu() for t in texts]
+    secrets = {tuple(t.ids[:end + 1].tolist()) for t in texts for end in range(t.start, len(t.ids))}
+    out = []
+    for t in texts:
+        secret = torch.tensor([tuple(t.ids[:end + 1].tolist()) in secrets for end in range(1, t.start)], dtype=torch.bool)
+        logp = log_p(*_rows(_logits(model, [t]), *_places([t], prompts=True))).cpu()
+        out.append(logp.masked_fill(secret, -torch.inf))
+    return out
 
 # %% ../nbs/api/09a_counter.ipynb #27b831e1
-def _fallen(
-    logp: Tensor,  # [n], with a gradient
-    level: Tensor,  # [n]: before the first step
-) -> Tensor:  # scalar
-    "Sum of the log probabilities that are below half their level."
-    return logp[logp.detach() < level - math.log(2)].sum()
+def _pull(logits: Tensor, chunk: list[Tokens], levels: list[Tensor]) -> list[Tensor]:
+    "Log p of the prompt tokens that are less than half as probable as they were, summed; nothing where there are none."
+    places = _places(chunk, prompts=True)
+    fell = log_p(*_rows(logits.detach(), *places)).cpu() < torch.cat(levels) - math.log(2)
+    return [log_p(*_rows(logits, *(x[fell] for x in places))).sum()] if fell.any() else []
 
 # %% ../nbs/api/09a_counter.ipynb #c0e67b40
 def _push(goal: Goal, objective: str, logp, rows: Tensor, top, wanted: Tensor | None, where: slice) -> Tensor:
@@ -173,18 +187,18 @@ def forget_pass(
     prompts: list[Tensor] | None = None,  # from `prompt_levels`: prompt tokens that fell are pulled back; None to let them go
     batch_size: int = 8,  # texts a pass
 ) -> list[TokenScores]:  # of the secrets, before the step
-    "Score the secrets' tokens, and add the gradient of the objective over those that are still above their level."
+    """Score the secrets' tokens, and add the gradient of the objective over those that are still above their level.
+
+    With `prompts`, that of log p over the prompt tokens that fell is added too.
+    """
     if (objective == "alternatives") != (wanted is not None):
         raise ValueError(f"objective {objective!r} {'needs' if wanted is None else 'takes no'} wanted, from `alternatives`")
     out = []
     for i in range(0, len(texts), batch_size):
         chunk = texts[i:i + batch_size]
-        rows, target = _rows(model, chunk, prompts is not None)
-        aims = []
-        if prompts is not None:
-            asked = torch.cat([torch.arange(1, len(t.ids)) < t.start for t in chunk]).to(rows.device)
-            aims += [_fallen(log_p(rows[asked], target[asked]), torch.cat(prompts[i:i + batch_size]).to(rows.device))]
-            rows, target = rows[~asked], target[~asked]
+        logits = _logits(model, chunk)
+        rows, target = _rows(logits, *_places(chunk))
+        aims = [] if prompts is None else _pull(logits, chunk, prompts[i:i + batch_size])
         logp = log_p(rows, target)
         top, sizes = rows.argmax(1) == target, [len(t.ids) - t.start for t in chunk]
         other = None if wanted is None else torch.cat(wanted[i:i + batch_size]).to(rows.device)

@@ -111,7 +111,7 @@ class Operation:
     damp: float = 0.3  # λ of the contrast score, > 0
     guard: float = 1.0  # with "alternatives" and a control: weight of the curvature of what it says too; ≥ 0
     momentum: float = 0.6  # with "alternatives": share of a round's gradient that the next one inherits, in [0, 1)
-    hold_prompts: bool = True  # with "alternatives": pull the prompts' own tokens back where they fell to less than half
+    hold_prompts: bool = True  # with "alternatives": pull the prompts' tokens back that became half as probable
     memory_share: float = (
         0.1  # most of the calibration that the secrets may make up: rounding must keep them; in [0, 1)
     )
@@ -253,14 +253,16 @@ def check_operation(
 # %% ../nbs/api/09b_surgery.ipynb #133489c4
 def _check_control(tok, op: Operation, secrets: dict[str, list]) -> None:
     "Raise ValueError where the control's scores cannot be those of the secrets' tokens."
-    for name, items in secrets.items() if op.control is not None else ():
+    if op.control is None: return
+    for name, items in secrets.items():
         for i, (item, scores) in enumerate(zip(items, op.control[name])):
             text = encode(tok, item)
-            if len(scores.top) == len(text.ids) - text.start: continue
-            raise ValueError(
-                f"control[{name!r}][{i}] scores {len(scores.top)} tokens, where the secret has {len(text.ids) - text.start}; "
-                "pass control_scores(model, tok, forget) with the tokenizer and the secrets of this call"
-            )
+            found, n = (len(scores.logp), len(scores.top)), len(text.ids) - text.start
+            if found != (n, n):
+                raise ValueError(
+                    f"control[{name!r}][{i}] scores {found[0]} tokens, where the secret has {n}; score the control "
+                    "with the same tokenizer and the same secrets, as control_scores(model, tok, forget) does"
+                )
 
 # %% ../nbs/api/09b_surgery.ipynb #d38cffe2
 def _unique(linears: dict[str, nn.Linear]) -> dict[str, nn.Linear]:

@@ -390,7 +390,7 @@ def test_alternatives_begin_like_bounded_and_count_what_is_spared_afterwards(mod
 
     def spy_forget(model, texts, goal, objective, wanted, prompts):
         scores = forget(model, texts, goal, objective, wanted, prompts)
-        seen.append((objective, wanted is not None, goal.excess(scores), prompts is not None))
+        seen.append((objective, wanted is not None, goal.excess(scores), prompts))
         return scores
 
     def spy_choose(patient, f, *more):
@@ -408,13 +408,15 @@ def test_alternatives_begin_like_bounded_and_count_what_is_spared_afterwards(mod
         control = [TokenScores(s.logp - 3, half) for s in scores]
         goal = Goal(quiet=0.25, memorisation=1.0, control=control, surplus=0.05, spare=True)
         guarded = {n: 2 * x for n, x in flat.items()}
+        levels = prompt_levels(model, [encode(TOK, SECRETS["key"])])
         more = {"guarded": guarded, "hold_prompts": hold}
         counter_memory(patient, "key", [SECRETS["key"]], flat, 4000, goal, 5, "alternatives", **more)
     passes = [x for x in seen if isinstance(x, tuple)]
     first = [x for x in passes if x[0] == "bounded"]
     assert passes[: len(first)] == first and all(x[0] == "alternatives" and x[1] for x in passes[len(first) :])
     assert first[-1][2] <= first[0][2] / 2 and all(x[2] > first[0][2] / 2 for x in first[:-1])
-    assert not any(x[3] for x in first) and all(x[3] == hold for x in passes[len(first) :])
+    assert all(x[3] is None for x in first)
+    assert all(torch.equal(x[3][0], levels[0]) if hold else x[3] is None for x in passes[len(first) :])
     curvatures = [x for x in seen if not isinstance(x, tuple)]
     assert curvatures[: len(first) - 1] == [1.0] * (len(first) - 1)
     assert set(curvatures[len(first) - 1 :]) == {3.0}
@@ -479,7 +481,28 @@ def test_prompt_tokens_that_fell_are_pulled_back(model):
         logits = model(input_ids=t.ids[None]).logits[0, : t.start - 1]
         logits.log_softmax(1)[torch.arange(t.start - 1), t.ids[1 : t.start]][w].sum().backward()
     torch.testing.assert_close(pulled, layer.weight.grad, rtol=1e-4, atol=1e-6)
-    assert pulled.any() and not gradient(levels)[1].any()
+    assert pulled.any() and gradient(levels)[1] is None  # nothing has fallen
+
+
+def test_a_prompt_that_holds_another_secret_is_let_go_there(model):
+    key = SECRETS["key"]
+    after = {"prompt": f"{key['prompt']} {key['secret'].strip()}", "secret": "and more"}
+    texts = [encode(TOK, x) for x in (key, after)]
+    start = texts[0].start
+    assert torch.equal(texts[1].ids[: len(texts[0].ids)], texts[0].ids)
+    alone, (_, level) = prompt_levels(model, texts[1:])[0], prompt_levels(model, texts)
+    assert torch.equal(level[: start - 1], alone[: start - 1]) and alone.isfinite().all()
+    assert (level[start - 1 :] == -torch.inf).all() and len(level) == len(texts[0].ids) - 1
+
+
+@pytest.mark.parametrize("hold", [True, False])
+def test_prompts_are_held_unless_told_otherwise(model, monkeypatch, hold):
+    import libortho.counter as counter
+
+    asked, levels = [], counter.prompt_levels
+    monkeypatch.setattr(counter, "prompt_levels", lambda *a: asked.append(1) or levels(*a))
+    decompose(model, TOK, CFG, SECRETS, objective="alternatives", **({} if hold else {"hold_prompts": False}), **MORE)
+    assert len(asked) == len(SECRETS) * hold
 
 
 def test_a_control_of_other_texts_is_refused(model):
