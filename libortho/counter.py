@@ -177,6 +177,13 @@ def _push(goal: Goal, objective: str, logp, rows: Tensor, top, wanted: Tensor | 
     if wanted is None: return goal.pushes(logp, top, where)
     return goal.lingers(logp, (wanted == rows.argmax(1)[:, None]).any(1).cpu(), where)
 
+# %% ../nbs/api/09a_counter.ipynb #64022d88
+def _aim(objective: str, logp: Tensor, rows: Tensor, target: Tensor, wanted: Tensor | None, against: float) -> Tensor:
+    "What is to grow, summed over the tokens that push."
+    aim = OBJECTIVES[objective](rows, target, wanted).sum()
+    if wanted is None: return aim
+    return aim - against * logp[(wanted != target[:, None]).all(1)].sum()
+
 # %% ../nbs/api/09a_counter.ipynb #f854947c
 def forget_pass(
     model: nn.Module,  # its parameters' gradients are added to
@@ -185,6 +192,7 @@ def forget_pass(
     objective: str = "bounded",  # a name in `OBJECTIVES`
     wanted: list[Tensor] | None = None,  # from `alternatives`, for the objective of that name
     prompts: list[Tensor] | None = None,  # from `prompt_levels`: prompt tokens that fell are pulled back; None to let them go
+    against: float = 0.5,  # with wanted tokens: weight of −log p of the secret's own, ≥ 0
     batch_size: int = 8,  # texts a pass
 ) -> list[TokenScores]:  # of the secrets, before the step
     """Score the secrets' tokens, and add the gradient of the objective over those that are still above their level.
@@ -205,7 +213,7 @@ def forget_pass(
         push = _push(goal, objective, logp.detach().cpu(), rows, top.cpu(), other, slice(i, i + batch_size))
         push = push.to(rows.device)
         if push.any():
-            aims += [OBJECTIVES[objective](rows[push], target[push], None if other is None else other[push]).sum()]
+            aims += [_aim(objective, logp[push], rows[push], target[push], None if other is None else other[push], against)]
         if aims: sum(aims).backward()
         out += [TokenScores(a.detach().cpu(), b.cpu()) for a, b in zip(logp.split(sizes), top.split(sizes))]
     return out
@@ -324,6 +332,7 @@ def counter_memory(
     momentum: float = 0.6,  # share of the gradient that the next round inherits, in [0, 1); for "alternatives"
     guarded: dict[str, Tensor] | None = None,  # curvature of what the control says too; for "alternatives", used up
     hold_prompts: bool = True,  # pull the prompts' own tokens back where they fell; for "alternatives"
+    against: float = 0.5,  # weight of −log p of the secrets' tokens beside what is wanted; for "alternatives"
 ) -> tuple[Step, CompartmentReport]:  # the moves, and how it went
     "Move weights against a memory, in rounds with fresh gradients."
     texts, began = [encode(patient.tok, as_item(i)) for i in items], time.perf_counter()
@@ -345,7 +354,7 @@ def counter_memory(
 
     while True:
         now = ("bounded", None, None) if breaking else (objective, wanted, prompts)
-        scores = forget_pass(patient.model, texts, goal, *now)
+        scores = forget_pass(patient.model, texts, goal, *now, against)
         whole = goal.excess(scores) if not steps else whole
         if breaking and goal.excess(scores) <= max(whole / 2, goal.surplus):  # from now on it matters what comes instead
             f = f if not guarded else {n: x + guarded.pop(n) for n, x in f.items()}

@@ -112,6 +112,7 @@ class Operation:
     guard: float = 1.0  # with "alternatives" and a control: weight of the curvature of what it says too; ≥ 0
     momentum: float = 0.6  # with "alternatives": share of a round's gradient that the next one inherits, in [0, 1)
     hold_prompts: bool = True  # with "alternatives": pull the prompts' tokens back that became half as probable
+    against: float = 0.5  # with "alternatives": weight of −log p of the secrets' tokens beside what is wanted; ≥ 0
     memory_share: float = (
         0.1  # most of the calibration that the secrets may make up: rounding must keep them; in [0, 1)
     )
@@ -127,6 +128,7 @@ class Operation:
             "damp": self.damp > 0,
             "guard": self.guard >= 0,
             "momentum": 0 <= self.momentum < 1,
+            "against": self.against >= 0,
             "round_density": 0 < self.round_density <= 1,
             "budget": self.budget is None or 0 < self.budget <= 1,
             "memory_share": 0 <= self.memory_share < 1,
@@ -144,6 +146,7 @@ _ALLOWED = {
     "damp": "above 0",
     "guard": "at least 0",
     "momentum": "in [0, 1)",
+    "against": "at least 0",
     "round_density": "in (0, 1]",
     "budget": "in (0, 1]",
     "memory_share": "in [0, 1)",
@@ -352,7 +355,7 @@ def _one(patient, name, items, others, retain, measure, cfg, op, callback) -> di
     limit = round((op.budget or resolve_density(cfg.density, cfg.sparsity)) * patient.size)
     per_round = max(1, round(op.round_density * patient.size))
     step, report = counter_memory(patient, name, items, f, limit, goal, per_round, op.objective, op.damp, callback,
-                                  op.momentum, _guarded(patient, items, goal, op), op.hold_prompts)
+                                  op.momentum, _guarded(patient, items, goal, op), op.hold_prompts, op.against)
     take_step(patient, step, back=True)
     names = list(patient.linears)
     counts = step.layer.bincount(minlength=len(names)).tolist()

@@ -22,7 +22,7 @@ from libortho.counter import (
     prompt_levels,
     take_step,
 )
-from libortho.curvature import Tokens, fisher, log_odds, per_token, token_fisher
+from libortho.curvature import Tokens, fisher, log_odds, log_p, per_token, token_fisher
 from libortho.lattice import natural
 from libortho.linear import OrthoLinear, find_linears
 from libortho.memory import TokenScores, encode, score_tokens
@@ -388,8 +388,8 @@ def test_alternatives_begin_like_bounded_and_count_what_is_spared_afterwards(mod
     seen, half = [], torch.tensor([True, False, True, False])
     forget, choose = counter.forget_pass, counter.choose_step
 
-    def spy_forget(model, texts, goal, objective, wanted, prompts):
-        scores = forget(model, texts, goal, objective, wanted, prompts)
+    def spy_forget(model, texts, goal, objective, wanted, prompts, against):
+        scores = forget(model, texts, goal, objective, wanted, prompts, against)
         seen.append((objective, wanted is not None, goal.excess(scores), prompts))
         return scores
 
@@ -482,6 +482,25 @@ def test_prompt_tokens_that_fell_are_pulled_back(model):
         logits.log_softmax(1)[torch.arange(t.start - 1), t.ids[1 : t.start]][w].sum().backward()
     torch.testing.assert_close(pulled, layer.weight.grad, rtol=1e-4, atol=1e-6)
     assert pulled.any() and gradient(levels)[1] is None  # nothing has fallen
+
+
+def test_what_pushes_is_also_pushed_down_by_itself(model):
+    layer = find_linears(model)["model.layers.0.mlp.down_proj"]
+    text = encode(TOK, SECRETS["key"])
+    known = torch.tensor([True, False, True, False])
+    (scores,) = score_tokens(model, TOK, [text])
+    assert scores.top.all()  # so that what is spared is said, and does not push
+    goal = Goal(quiet=0.25, memorisation=1.0, control=[TokenScores(scores.logp - 3, known)], spare=True)
+    wanted = alternatives(model, [text], goal, k=3)
+
+    def gradient(against):
+        layer.weight.grad = None
+        forget_pass(model, [text], goal, "alternatives", wanted, against=against)
+        return layer.weight.grad
+
+    more = (gradient(1000.0) - gradient(0.0)) / 1000  # the model is sure, so log p has a small gradient
+    (exact,) = torch.autograd.grad(per_token(model, text, log_p)[~known].sum(), layer.weight)
+    assert (more + exact).norm() < 1e-3 * exact.norm()
 
 
 def test_a_prompt_that_holds_another_secret_is_let_go_there(model):
@@ -587,6 +606,7 @@ def test_reports_are_readable(model):
         (CFG, SECRETS, {"damp": 0}, "damp must be above 0"),
         (CFG, SECRETS, {"guard": -1}, "guard must be at least 0, got -1"),
         (CFG, SECRETS, {"momentum": 1}, r"momentum must be in \[0, 1\), got 1"),
+        (CFG, SECRETS, {"against": -0.1}, "against must be at least 0, got -0.1"),
         (CFG, SECRETS, {"memory_gb": -1}, "memory_gb must be above 0"),
         (
             CFG,
