@@ -192,7 +192,7 @@ def forget_pass(
     objective: str = "bounded",  # a name in `OBJECTIVES`
     wanted: list[Tensor] | None = None,  # from `alternatives`, for the objective of that name
     prompts: list[Tensor] | None = None,  # from `prompt_levels`: prompt tokens that fell are pulled back; None to let them go
-    against: float = 0.5,  # with wanted tokens: weight of −log p of the secret's own, ≥ 0
+    against: float = 0.25,  # with wanted tokens: weight of −log p of the secret's own, ≥ 0
     batch_size: int = 8,  # texts a pass
 ) -> list[TokenScores]:  # of the secrets, before the step
     """Score the secrets' tokens, and add the gradient of the objective over those that are still above their level.
@@ -332,7 +332,7 @@ def counter_memory(
     momentum: float = 0.6,  # share of the gradient that the next round inherits, in [0, 1); for "alternatives"
     guarded: dict[str, Tensor] | None = None,  # curvature of what the control says too; for "alternatives", used up
     hold_prompts: bool = True,  # pull the prompts' own tokens back where they fell; for "alternatives"
-    against: float = 0.5,  # weight of −log p of the secrets' tokens beside what is wanted; for "alternatives"
+    against: float = 0.25,  # weight of −log p of the secrets' tokens beside what is wanted; for "alternatives"
 ) -> tuple[Step, CompartmentReport]:  # the moves, and how it went
     "Move weights against a memory, in rounds with fresh gradients."
     texts, began = [encode(patient.tok, as_item(i)) for i in items], time.perf_counter()

@@ -112,7 +112,7 @@ class Operation:
     guard: float = 1.0  # with "alternatives" and a control: weight of the curvature of what it says too; ≥ 0
     momentum: float = 0.6  # with "alternatives": share of a round's gradient that the next one inherits, in [0, 1)
     hold_prompts: bool = True  # with "alternatives": pull the prompts' tokens back that became half as probable
-    against: float = 0.5  # with "alternatives": weight of −log p of the secrets' tokens beside what is wanted; ≥ 0
+    against: float = 0.25  # with "alternatives": weight of −log p of the secrets' tokens beside what is wanted; ≥ 0
     memory_share: float = (
         0.1  # most of the calibration that the secrets may make up: rounding must keep them; in [0, 1)
     )
