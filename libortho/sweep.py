@@ -121,8 +121,7 @@ def _run(client, what: Task, key: str, todo: dict, drop, attempts, share, keep: 
 
     left, blamed = dict(todo), Counter()
     while left:
-        client.wait_for_workers(1)
-        weights = client.scatter(what, broadcast=True, hash=False)  # by a hash, a dead sweep would take ours along
+        weights = _spread(client, what)
         batch = [n for n in left if not blamed[n]] or [next(iter(left))]
         sent = {client.submit(_on_worker, weights, key, left[n], drop, share, pure=False): n for n in batch}
         try:
@@ -139,3 +138,12 @@ def _run(client, what: Task, key: str, todo: dict, drop, attempts, share, keep: 
             for future, name in sent.items():
                 if name in left and future.status == "finished": keep(name, Outcome(**future.result()))
             client.cancel(list(sent))
+
+# %% ../nbs/api/11a_sweep.ipynb #c67e5458
+def _spread(client, what: Task, attempts: int = 5):
+    "The weights on all workers; sent again where one dies on the way."
+    for attempt in range(attempts):
+        client.wait_for_workers(1)
+        try: return client.scatter(what, broadcast=True, hash=False)  # by a hash, a dead sweep would take ours along
+        except OSError:  # the connection to a worker, or to the scheduler, is closed
+            if attempt == attempts - 1: raise

@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import dask
 import pytest
 from distributed import Client, LocalCluster
 from models import RETAIN, SECRETS, TEXTS, TOK, learned_llama
@@ -39,7 +40,9 @@ def cluster():
     "Two workers that find the tests' own tokenizer."
     os.environ["PYTHONPATH"] = os.pathsep.join([HERE, os.environ.get("PYTHONPATH", "")])
     quiet = {"dashboard_address": None, "silence_logs": 50}
-    with LocalCluster(n_workers=2, threads_per_worker=1, **quiet) as made, Client(made) as client:
+    # without this, Dask itself gives up restarting a worker that dies twice in 15 seconds
+    forever = dask.config.set({"distributed.deploy.lost-worker-timeout": "1h"})
+    with forever, LocalCluster(n_workers=2, threads_per_worker=1, **quiet) as made, Client(made) as client:
         yield client
 
 
@@ -111,6 +114,27 @@ def test_a_point_that_kills_its_worker_is_given_up(what, cluster, tmp_path, monk
     found = sweep(what, GRID[:4], cluster.scheduler.address, folder=tmp_path, attempts=2, progress=False)
     assert [o.dropped for o in found] == ["", "its workers died, 2 times", "", ""]
     assert len(list(tmp_path.glob("trial-*.json"))) == 3  # the next sweep tries it again
+
+
+def test_weights_that_are_lost_on_their_way_are_sent_again(what, cluster, monkeypatch):
+    scatter, lost = Client.scatter, [OSError("closed")] * 2
+
+    def falter(self, *args, **kwargs):
+        if lost:
+            raise lost.pop()
+        return scatter(self, *args, **kwargs)
+
+    monkeypatch.setattr(Client, "scatter", falter)
+    monkeypatch.setattr("libortho.sweep._on_worker", quick)
+    assert [o.left for o in sweep(what, GRID[:2], cluster.scheduler.address, progress=False)] == [0.5, 0.5]
+    assert not lost
+    lost += [OSError("closed for good")] * 5
+    with pytest.raises(OSError, match="closed for good"):
+        sweep(what, GRID[:2], cluster.scheduler.address, progress=False)
+
+
+def quick(what, key, point, drop, share):
+    return vars(Outcome(point, left=0.5))
 
 
 def deadly(what, key, point, drop, share):
